@@ -1,0 +1,40 @@
+"""``python -m alignflow_core stage NAME [--target T | --domain D]``: the one command that computes.
+
+DVC, Dagster, torchrun, Slurm and Kubernetes all wrap this command.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from alignflow_core.errors import InputError
+from alignflow_core.runner import run_stage, stop_on_sigterm
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one stage; exit code 0 fine, 1 failure, 2 bad input, 130 or 143 interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m alignflow_core", description=__doc__)
+    stage = parser.add_subparsers(required=True).add_parser("stage", help="build one artifact unless it is up to date")
+    stage.add_argument("name", help="stage name, as in dvc.yaml")
+    keys = stage.add_mutually_exclusive_group()
+    keys.add_argument("--target", help="target of a per-target stage")
+    keys.add_argument("--domain", help="domain of a per-domain stage")
+    stage.add_argument("--root", type=Path, default=Path("."), help="project root with params.yaml (default: here)")
+    stage.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    options = parser.parse_args(arguments)
+    stop_on_sigterm()
+    try:
+        ran = run_stage(options.root, options.name, options.target or options.domain, quiet=options.quiet)
+    except InputError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+    if not options.quiet:
+        print("built" if ran else "up to date", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Artifacts on disk: content hashes, atomic publication, the lock that guards one folder."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from alignflow_core.errors import InputError
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def tree_hash(folder: Path) -> str:
+    """SHA-256 over the sorted relative names and contents of a folder (or of one file)."""
+    if folder.is_file():
+        return file_hash(folder)
+    digest = hashlib.sha256()
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{file_hash(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def json_hash(value: Any) -> str:
+    """SHA-256 of canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write indented JSON with sorted keys, by rename, so that a reader never sees half a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part{os.getpid()}")
+    with part.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=1, sort_keys=True)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(file)
+
+
+def read_json(file: Path) -> Any:
+    """Read JSON; a missing or broken file is an :class:`InputError` that names it."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not readable as JSON ({error}); rebuild the artifact it belongs to") from error
+
+
+def publish(part_dir: Path, out_dir: Path) -> None:
+    """Move a finished folder into place: fsync its files, rename, fsync the parent."""
+    for file in sorted(part_dir.rglob("*")):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    old = out_dir.with_name(f".{out_dir.name}.old{os.getpid()}")
+    if out_dir.exists():
+        out_dir.rename(old)
+    part_dir.rename(out_dir)
+    descriptor = os.open(out_dir.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def exclusive(file: Path, wait: bool = False) -> Iterator[None]:
+    """Hold an advisory lock that dies with the process.
+
+    Raises:
+        InputError: another process holds it and ``wait`` is false; names its pid and host.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            stream.seek(0)
+            raise InputError(f"{file}: in use by {stream.read().strip() or 'another process'}; wait for it or stop it") from None
+        stream.truncate(0)
+        stream.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        stream.flush()
+        yield

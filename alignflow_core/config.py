@@ -1,0 +1,444 @@
+"""Frozen configuration of every stage, validated when built; the only reader of ``params.yaml``."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alignflow_core.errors import InputError
+from alignflow_core.stages import Graph
+
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}"
+
+# The downstream arms in the order of the tables: which training images a segmenter sees.
+SHARED_ARMS = ("source", "source+colour", "stage1")
+TARGET_ARMS = ("reinhard", "fourier", "aligned", "aligned+filtered", "references-labelled", "oracle")
+ARMS = ("source", "source+colour", "reinhard", "fourier", "stage1", "aligned", "aligned+filtered", "references-labelled", "oracle")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a stage computes. ``threads`` is fixed because float sums depend on it."""
+
+    device: str = "auto"
+    threads: int = 2
+    precision: str = "fp32"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("machine.device", self.device, ("auto", "cpu", "cuda"))
+        one_of("machine.precision", self.precision, ("fp32", "bf16"))
+        at_least("machine.threads", self.threads, 1)
+
+
+@dataclass(frozen=True)
+class Task:
+    """How masks are read.
+
+    Attributes:
+        kind: ``binary`` (grey >= threshold is foreground), ``refuge`` (255 background, 128 disc,
+            0 cup; thresholds midway) or ``labels`` (``values`` maps file value to class number).
+        classes: foreground names; class number = position + 1.
+        nested: class k lies inside class k-1 (disc contains cup); region k is then ``label >= k``.
+    """
+
+    name: str = "binary"
+    kind: str = "binary"
+    classes: tuple[str, ...] = ("foreground",)
+    nested: bool = False
+    threshold: int = 128
+    values: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        one_of("task.kind", self.kind, ("binary", "refuge", "labels"))
+        at_least("number of task.classes", len(self.classes), 1)
+        if self.kind == "labels":
+            wrong = [v for v in self.values.values() if not 0 <= v <= len(self.classes)]
+            if not self.values or wrong:
+                raise InputError(f"task.values: needs file value -> class number in 0..{len(self.classes)}, got {self.values}")
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A raw folder with ``images/`` and ``masks/``."""
+
+    dir: str
+
+
+@dataclass(frozen=True)
+class References:
+    """The reference set: ``count`` images drawn from the target's training split by ``seed``, or a folder ``dir``.
+
+    ``held_out_fraction`` of them steer when alignment stops and are not aligned to.
+    """
+
+    count: int = 10
+    seed: int = 0
+    dir: str | None = None
+    held_out_fraction: float = 0.3
+
+    def __post_init__(self) -> None:
+        at_least("references.count", self.count, 1)
+        between("references.held_out_fraction", self.held_out_fraction, 0.0, 0.9)
+
+
+@dataclass(frozen=True)
+class Network:
+    """U-Net of a velocity model (MONAI ``DiffusionModelUNet``)."""
+
+    channels: tuple[int, ...] = (16, 32, 64, 128)
+    attention: tuple[bool, ...] = (False, False, False, True)
+    n_res_blocks: int = 1
+    head_channels: int = 32
+    norm_groups: int = 8
+
+    def __post_init__(self) -> None:
+        if len(self.channels) != len(self.attention):
+            raise InputError("network: channels and attention must have the same length")
+        if any(c % self.norm_groups for c in self.channels):
+            raise InputError(f"network.channels: each must be a multiple of norm_groups ({self.norm_groups})")
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training loop of a network."""
+
+    steps: int = 1500
+    batch: int = 16
+    lr: float = 1e-3
+    beta2: float = 0.99
+    weight_decay: float = 0.01
+    warm_up: int = 100
+    clip: float = 1.0
+    ema: float = 0.995
+    save_every: int = 100
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        at_least("training.steps", self.steps, 1)
+        at_least("training.batch", self.batch, 1)
+        positive("training.lr", self.lr)
+        between("training.ema", self.ema, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Law of the training times: logit-normal(mean, std) mixed with a uniform share; shift > 1 moves towards noise."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    uniform_share: float = 0.1
+    shift: float = 1.0
+
+
+@dataclass(frozen=True)
+class MaskFlow:
+    """The flow over signed distance maps; ``clip`` is the distance in pixels at working size that maps to 1."""
+
+    network: Network = field(default_factory=Network)
+    training: Training = field(default_factory=Training)
+    times: Times = field(default_factory=Times)
+    clip: float = 12.0
+
+
+@dataclass(frozen=True)
+class ImageFlow:
+    """Stage 1. ``condition_dropout`` trains the unconditional branch that guidance needs."""
+
+    network: Network = field(default_factory=Network)
+    training: Training = field(default_factory=Training)
+    times: Times = field(default_factory=Times)
+    clip: float = 12.0
+    coupling: str = "independent"
+    condition_dropout: float = 0.1
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        one_of("image_flow.coupling", self.coupling, ("independent", "minibatch_ot"))
+
+
+@dataclass(frozen=True)
+class Align:
+    """Stage 2 of one target (see ``align.py``).
+
+    Attributes:
+        reward: ``frechet`` (default) or ``skl`` (the paper's).
+        gradient: ``sparse`` (default) or ``last_k``; ``k`` network calls carry gradient.
+        n_steps: solver steps of the rollout.
+        rho: ratio of the reward gradient's norm to the denoising gradient's, fixed at step 0.
+        prior_count: pseudo-count of the source's own variances when shrinking the reference moments.
+        queue: feature vectors of earlier samples kept to steady the sample moments.
+        check_every: steps between looks at the held-out reward and the gates.
+        patience: looks without a better held-out reward before stopping.
+    """
+
+    reward: str = "frechet"
+    encoder: str = "statconv"
+    gradient: str = "sparse"
+    k: int = 2
+    n_steps: int = 8
+    training: Training = field(default_factory=Training)
+    rho: float = 3.0
+    prior_count: float = 10.0
+    temperature: float = 1.0
+    queue: int = 64
+    check_every: int = 20
+    check_samples: int = 16
+    patience: int = 5
+
+    def __post_init__(self) -> None:
+        one_of("align.reward", self.reward, ("frechet", "skl"))
+        one_of("align.encoder", self.encoder, ("statconv",))
+        one_of("align.gradient", self.gradient, ("sparse", "last_k"))
+        at_least("align.k", self.k, 1)
+        if self.k > self.n_steps:
+            raise InputError(f"align.k: {self.k} is more than align.n_steps ({self.n_steps}); lower k")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One partition: a target domain with a reference set and its way of aligning."""
+
+    domain: str
+    references: References = field(default_factory=References)
+    align: Align = field(default_factory=Align)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Working size in pixels and the split of the source and of every other domain (train, val, test; sum 1)."""
+
+    size: int = 64
+    source_split: tuple[float, float, float] = (0.7, 0.15, 0.15)
+    target_split: tuple[float, float, float] = (0.4, 0.1, 0.5)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least("data.size", self.size, 16)
+        for name in ("source_split", "target_split"):
+            split = getattr(self, name)
+            if len(split) != 3 or min(split) < 0 or abs(sum(split) - 1) > 1e-6:
+                raise InputError(f"data.{name}: needs three shares of train, val, test that sum to 1, got {list(split)}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Synthesis. ``mask_source``: ``real`` source masks, ``flow`` masks, or ``mixed`` half and half."""
+
+    n_pairs: int = 256
+    batch: int = 32
+    solver: str = "euler"
+    n_steps: int = 12
+    guidance_scale: float = 1.0
+    mask_source: str = "mixed"
+    area_quantile: float = 0.005
+    copy_dice: float = 0.98
+
+    def __post_init__(self) -> None:
+        one_of("sample.solver", self.solver, ("euler", "heun", "midpoint"))
+        one_of("sample.mask_source", self.mask_source, ("real", "flow", "mixed"))
+        at_least("sample.n_pairs", self.n_pairs, 4)
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Filtering of synthetic pairs (see ``filtering.py``)."""
+
+    outlier_quantile: float = 0.99
+    copy_quantile: float = 0.01
+    agreement_ratio: float = 0.85
+    judge_steps: int = 200
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Downstream segmenters. Every arm and seed gets the same number of optimiser steps."""
+
+    arms: tuple[str, ...] = ARMS
+    seeds: int = 2
+    channels: tuple[int, ...] = (16, 32, 64, 128)
+    training: Training = field(default_factory=Training)
+    synthetic_share: float = 0.5
+    check_every: int = 50
+    colour_strength: float = 0.4
+    fourier_beta: float = 0.05
+
+    def __post_init__(self) -> None:
+        unknown = [arm for arm in self.arms if arm not in ARMS]
+        if unknown:
+            raise InputError(*(f"segment.arms: unknown arm '{arm}'{nearest(arm, ARMS)}" for arm in unknown))
+        at_least("segment.seeds", self.seeds, 1)
+        between("segment.synthetic_share", self.synthetic_share, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Tables: bootstrap resamples, confidence level and the arms that others are compared with."""
+
+    bootstrap: int = 10_000
+    level: float = 0.95
+    baselines: tuple[str, ...] = ("source", "stage1")
+    copy_quantile: float = 0.01
+
+
+@dataclass(frozen=True)
+class Report:
+    """The page: examples per target in the image grids."""
+
+    examples: int = 6
+
+
+@dataclass(frozen=True)
+class Project:
+    """Everything in ``params.yaml``."""
+
+    source: str
+    domains: dict[str, Domain]
+    targets: dict[str, Target]
+    profile: str = "demo"
+    seed: int = 0
+    machine: Machine = field(default_factory=Machine)
+    task: Task = field(default_factory=Task)
+    data: Data = field(default_factory=Data)
+    mask_flow: MaskFlow = field(default_factory=MaskFlow)
+    image_flow: ImageFlow = field(default_factory=ImageFlow)
+    sample: Sample = field(default_factory=Sample)
+    filter: Filter = field(default_factory=Filter)
+    segment: Segment = field(default_factory=Segment)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    report: Report = field(default_factory=Report)
+
+    def __post_init__(self) -> None:
+        import re
+
+        problems = [f"{kind}.{name}: a name is letters, digits, '-' and '_' (at most 63); rename it"
+                    for kind, names in (("domains", self.domains), ("targets", self.targets)) for name in names
+                    if not re.fullmatch(NAME_PATTERN, name)]
+        if self.source not in self.domains:
+            problems.append(f"source: '{self.source}' is not among domains{nearest(self.source, self.domains)}")
+        for name, target in self.targets.items():
+            if target.domain not in self.domains:
+                problems.append(f"targets.{name}.domain: '{target.domain}' is not among domains{nearest(target.domain, self.domains)}")
+            elif target.domain == self.source:
+                problems.append(f"targets.{name}.domain: '{target.domain}' is the source; name another domain")
+        if not self.targets:
+            problems.append("targets: none given; name at least one target domain")
+        if problems:
+            raise InputError(*problems)
+
+    @property
+    def graph(self) -> Graph:
+        """The stage registry laid over this project's domains and targets."""
+        return Graph(tuple(self.domains), self.source, {name: target.domain for name, target in self.targets.items()})
+
+
+def load_project(file: Path) -> Project:
+    """Read and validate ``params.yaml``.
+
+    Raises:
+        InputError: missing file, broken YAML, unknown key, wrong type or value; all problems at once where possible.
+    """
+    return build_project(read_params(file), str(file))
+
+
+def read_params(file: Path) -> dict[str, Any]:
+    """``params.yaml`` as plain data. Raises :class:`InputError` where it is not a mapping."""
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); run 'alignflow compose' to write it") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not valid YAML ({' '.join(str(error).split())}); mend it or run 'alignflow compose'") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{file}: must be a mapping of sections; run 'alignflow compose' to write it")
+    return raw
+
+
+def build_project(raw: dict[str, Any], origin: str = "params") -> Project:
+    """Build a :class:`Project` from plain data; ``origin`` is named in errors."""
+    problems: list[str] = []
+    value = _build(Project, raw, "", problems)
+    if problems:
+        raise InputError(*(f"{origin}: {problem}" for problem in problems))
+    return typing.cast(Project, value)
+
+
+def _build(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
+    """Turn plain data into ``kind``; problems are collected, not raised one by one."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, dict):
+            problems.append(f"{where or 'top level'}: must be a section, got {value!r}")
+            return None
+        hints = typing.get_type_hints(kind)
+        prefix = f"{where}." if where else ""
+        problems += [f"{prefix}{key}: unknown key{nearest(str(key), hints)}" for key in value if key not in hints]
+        problems += [f"{prefix}{f.name}: missing" for f in dataclasses.fields(kind)
+                     if f.name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+        before = len(problems)
+        parts = {key: _build(hints[key], value[key], prefix + key, problems) for key in hints if key in value}
+        if len(problems) > before or any(p.startswith(prefix) and p.endswith(": missing") for p in problems):
+            return None
+        try:
+            return kind(**parts)
+        except InputError as error:
+            problems += [f"{p} (in {where})" if where else p for p in error.problems]
+            return None
+    if origin is types.UnionType:
+        if value is None and type(None) in args:
+            return None
+        return _build(next(a for a in args if a is not type(None)), value, where, problems)
+    if origin is tuple and isinstance(value, list | tuple):
+        each = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(each) == len(value):
+            return tuple(_build(a, v, f"{where}[{i}]", problems) for i, (a, v) in enumerate(zip(each, value, strict=True)))
+    elif origin is dict and isinstance(value, dict):
+        return {_build(args[0], k, where, problems): _build(args[1], v, f"{where}.{k}", problems) for k, v in value.items()}
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if value == value and abs(value) != float("inf"):
+            return float(value)
+    elif kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif kind in (int, bool, str) and type(value) is kind:
+        return value
+    problems.append(f"{where}: must be {getattr(kind, '__name__', str(kind))}, got {value!r}")
+    return None
+
+
+def nearest(name: str, names: typing.Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` or the list of valid names."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, 1)
+    return f" (did you mean '{close[0]}'?)" if close else f" (valid: {', '.join(names)})"
+
+
+def one_of(key: str, value: str, valid: tuple[str, ...]) -> None:
+    """Refuse a value outside ``valid``."""
+    if value not in valid:
+        raise InputError(f"{key}: unknown value '{value}'{nearest(value, valid)}")
+
+
+def at_least(key: str, value: float, low: float) -> None:
+    """Refuse a value below ``low``."""
+    if value < low:
+        raise InputError(f"{key}: must be at least {low}, got {value}")
+
+
+def positive(key: str, value: float) -> None:
+    """Refuse zero and below."""
+    if not value > 0:
+        raise InputError(f"{key}: must be above 0, got {value}")
+
+
+def between(key: str, value: float, low: float, high: float) -> None:
+    """Refuse a value outside [low, high]."""
+    if not low <= value <= high:
+        raise InputError(f"{key}: must lie in [{low}, {high}], got {value}")

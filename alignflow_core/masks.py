@@ -1,0 +1,52 @@
+"""Masks as the networks see them: regions, signed distance maps, and back."""
+
+import numpy as np
+import torch
+from scipy.ndimage import distance_transform_edt
+
+from alignflow_core.config import Task
+
+
+def regions(masks: np.ndarray, task: Task) -> np.ndarray:
+    """Class numbers uint8 [N, H, W] -> bool [N, C, H, W], one channel per foreground class.
+
+    Nested classes become nested regions: class k covers ``label >= k`` (disc contains cup).
+    """
+    numbers = np.arange(1, len(task.classes) + 1, dtype=masks.dtype)[None, :, None, None]
+    return masks[:, None] >= numbers if task.nested else masks[:, None] == numbers
+
+
+def from_regions(channels: np.ndarray, task: Task) -> np.ndarray:
+    """bool or score [N, C, H, W] (positive = inside) -> class numbers uint8 [N, H, W].
+
+    Nested: region k counts only inside region k-1. Otherwise the highest positive score wins.
+    """
+    inside = channels > 0
+    if task.nested:
+        return np.cumprod(inside, axis=1).sum(axis=1).astype(np.uint8)
+    best = channels.argmax(axis=1)
+    return np.where(inside.any(axis=1), best + 1, 0).astype(np.uint8)
+
+
+def signed_distance(masks: np.ndarray, task: Task, clip: float) -> torch.Tensor:
+    """Signed distance maps, positive inside, in units of ``clip`` pixels and cut to [-1, 1].
+
+    Returns:
+        float32 [N, C, H, W]; an empty region is -1 everywhere, a full one +1.
+    """
+    inside = regions(masks, task)
+    maps = np.empty(inside.shape, np.float32)
+    for n, c in np.ndindex(inside.shape[:2]):
+        region = inside[n, c]
+        if region.all() or not region.any():
+            maps[n, c] = 1.0 if region.any() else -1.0
+            continue
+        distance = distance_transform_edt(region) - distance_transform_edt(~region)
+        maps[n, c] = (distance - np.sign(distance) * 0.5) / clip
+    return torch.from_numpy(maps.clip(-1, 1))
+
+
+def condition(masks: np.ndarray, task: Task, clip: float) -> torch.Tensor:
+    """What the image flow is conditioned on: signed distance maps and regions as -1/1, float32 [N, 2C, H, W]."""
+    inside = torch.from_numpy(regions(masks, task)).float().mul(2).sub(1)
+    return torch.cat([signed_distance(masks, task, clip), inside], dim=1)

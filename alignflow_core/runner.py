@@ -1,0 +1,249 @@
+"""Run one stage: resolve its inputs, skip it when up to date, resume it, publish it atomically.
+
+Layout under a project root::
+
+    params.yaml                      configuration
+    artifacts/<stage>[/<key>]/       the artifact: metrics.json, curves.parquet and the stage's own files
+    artifacts/<stage>[/<key>].json   its provenance: fingerprint, content hash, inputs, params, versions, seconds
+    .alignflow/work/<node>/          resumable state of an unfinished stage
+    .alignflow/locks/                locks that die with their process
+"""
+
+import dataclasses
+import importlib
+import json
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from alignflow_core.artifact import exclusive, file_hash, json_hash, publish, read_json, tree_hash, write_json
+from alignflow_core.config import Project, load_project
+from alignflow_core.errors import InputError
+from alignflow_core.stages import PACKAGE_DIR, STAGES, Stage, artifact_dir, node_id, source_files
+
+RECORDED_PACKAGES = ("torch", "monai", "numpy", "scipy", "pillow", "pandas", "pyarrow", "safetensors")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage may touch besides its inputs and its out folder.
+
+    Attributes:
+        key: domain or target name, ``None`` for a project-wide stage.
+        root: project root; raw folders in the configuration are relative to it.
+        work_dir: survives an interruption, emptied when the fingerprint changes and removed at the end.
+        log: ``log(metrics, step)`` records points of curves.
+        progress: ``progress(done, total, note)`` for the person who waits.
+    """
+
+    key: str | None
+    root: Path
+    work_dir: Path
+    log: Callable[[dict[str, float], int], None]
+    progress: Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Fingerprint of a stage as the project stands, and what went into it."""
+
+    fingerprint: str
+    params: dict[str, Any]
+    inputs: dict[str, str]
+    raw: dict[str, str]
+    code: str
+
+
+def provenance_file(root: Path, stage: str, key: str | None) -> Path:
+    """``artifacts/align/zeiss.json``."""
+    folder = root / artifact_dir(stage, key)
+    return folder.with_name(folder.name + ".json")
+
+
+def stage_params(project: Project, stage: Stage, key: str | None) -> dict[str, Any]:
+    """Resolved values of the stage's params as plain data, by dotted key (``{key}`` filled in)."""
+    plain = dataclasses.asdict(project)
+    found: dict[str, Any] = {}
+    for dotted in stage.params:
+        value: Any = plain
+        for part in dotted.split("."):
+            value = value[str(key) if part == "{key}" else part]
+        found[dotted.replace("{key}", str(key))] = value
+    return found
+
+
+def stage_config(project: Project, stage: Stage, key: str | None) -> SimpleNamespace:
+    """The declared sections only, so that a stage cannot read what its fingerprint does not cover.
+
+    ``domains.{key}`` appears as ``domain``, ``targets.{key}.align`` as ``align``,
+    ``targets.{key}.domain`` as ``target_domain``.
+    """
+    found: dict[str, Any] = {}
+    for dotted in stage.params:
+        parts = dotted.split(".")
+        if parts[0] == "domains":
+            found["domain"] = project.domains[str(key)]
+        elif parts[0] == "targets":
+            found["target_domain" if parts[2] == "domain" else parts[2]] = getattr(project.targets[str(key)], parts[2])
+        else:
+            found[dotted] = getattr(project, dotted)
+    return SimpleNamespace(**found)
+
+
+def raw_dirs(project: Project, stage: Stage, key: str | None, root: Path) -> dict[str, Path]:
+    """Raw folders a stage reads: dotted key -> absolute path."""
+    values = stage_params(project, dataclasses.replace(stage, params=stage.raw), key)
+    return {dotted: (root / value).resolve() for dotted, value in values.items() if value is not None}
+
+
+def plan_stage(project: Project, root: Path, stage: Stage, key: str | None) -> Plan:
+    """Hash params, inputs, raw folders and source files of one stage.
+
+    Raises:
+        InputError: an input artifact or a raw folder is missing.
+    """
+    inputs: dict[str, str] = {}
+    for name, (upstream, upstream_key) in project.graph.inputs(stage, key).items():
+        file = provenance_file(root, upstream, upstream_key)
+        if not file.exists():
+            raise InputError(f"{file.with_suffix('')}: not built yet; run stage {node_id(upstream, upstream_key)} first")
+        inputs[name] = read_json(file)["content"]
+    raw = {}
+    for dotted, folder in raw_dirs(project, stage, key, root).items():
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder ({dotted}); create it or correct the path")
+        raw[dotted] = tree_hash(folder)
+    params = stage_params(project, stage, key)
+    code = json_hash({name: file_hash(PACKAGE_DIR / name) for name in source_files(stage.name)})
+    return Plan(json_hash([stage.name, key, params, inputs, raw, code]), params, inputs, raw, code)
+
+
+def is_current(root: Path, stage: str, key: str | None, plan: Plan) -> bool:
+    """Whether the artifact on disk has this fingerprint and its recorded content."""
+    file, folder = provenance_file(root, stage, key), root / artifact_dir(stage, key)
+    if not file.exists() or not folder.is_dir():
+        return False
+    provenance = read_json(file)
+    return provenance["fingerprint"] == plan.fingerprint and provenance["content"] == tree_hash(folder)
+
+
+def run_stage(root: Path, name: str, key: str | None = None, *, force: bool = False, quiet: bool = False) -> bool:
+    """Build one artifact unless it is current; returns whether it ran.
+
+    Args:
+        root: project root with ``params.yaml``.
+        name: stage name.
+        key: domain or target, as the stage's scope asks.
+        force: run even if current.
+        quiet: no progress on stderr.
+
+    Raises:
+        InputError: bad configuration, key, input or lock.
+    """
+    root = root.resolve()
+    if name not in STAGES:
+        raise InputError(f"stage '{name}': unknown; valid: {', '.join(STAGES)}")
+    stage, project = STAGES[name], load_project(root / "params.yaml")
+    if key not in project.graph.keys(stage):
+        raise InputError(f"stage {name}: {stage.scope} '{key}' is not one of {', '.join(map(str, project.graph.keys(stage)))}")
+    node = node_id(name, key)
+    state_dir = root / ".alignflow"
+    with exclusive(state_dir / "locks" / f"{node}.lock"):
+        plan = plan_stage(project, root, stage, key)
+        if not force and is_current(root, name, key, plan):
+            return False
+        work_dir = _work_dir(state_dir / "work" / node, plan.fingerprint)
+        part_dir = (root / artifact_dir(name, key)).with_name(f".{node}.part")
+        shutil.rmtree(part_dir, ignore_errors=True)
+        part_dir.mkdir(parents=True)
+        started = time.time()
+        spool = work_dir / "curves.jsonl"
+        try:
+            with spool.open("a", encoding="utf-8") as stream:
+                context = Context(key, root, work_dir, _logger(stream), _progress(node, quiet))
+                module, _, function = stage.function.partition(":")
+                run = getattr(importlib.import_module(f"alignflow_core.{module}"), function)
+                inputs = {n: root / artifact_dir(*node_of) for n, node_of in project.graph.inputs(stage, key).items()}
+                metrics = run(stage_config(project, stage, key), inputs, part_dir, context)
+        except BaseException:
+            shutil.rmtree(part_dir, ignore_errors=True)
+            raise
+        write_json(part_dir / "metrics.json", {k: float(v) for k, v in metrics.items()})
+        _write_curves(spool, part_dir / "curves.parquet")
+        content = tree_hash(part_dir)
+        publish(part_dir, root / artifact_dir(name, key))
+        write_json(provenance_file(root, name, key), {
+            "stage": name, "key": key, "fingerprint": plan.fingerprint, "content": content, "params": plan.params,
+            "inputs": plan.inputs, "raw": plan.raw, "code": plan.code, "seed": project.seed, "profile": project.profile,
+            "versions": {p: version(p) for p in RECORDED_PACKAGES} | {"python": sys.version.split()[0]},
+            "seconds": round(time.time() - started, 1),
+        })
+        shutil.rmtree(work_dir)
+        return True
+
+
+def stop_on_sigterm() -> None:
+    """Turn SIGTERM into an orderly exit, so that training loops save their state."""
+    def stop(*_: object) -> None:
+        raise SystemExit(143)
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def _work_dir(folder: Path, fingerprint: str) -> Path:
+    """The stage's resumable state, emptied when it belongs to another fingerprint."""
+    marker = folder / "fingerprint"
+    if not (marker.exists() and marker.read_text() == fingerprint):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        marker.write_text(fingerprint)
+    return folder
+
+
+def _logger(stream: Any) -> Callable[[dict[str, float], int], None]:
+    def log(metrics: dict[str, float], step: int) -> None:
+        stream.write(json.dumps({"step": step, **{k: float(v) for k, v in metrics.items()}}) + "\n")
+        stream.flush()
+
+    return log
+
+
+def _write_curves(spool: Path, file: Path) -> None:
+    """Long table (step, metric, value); a step logged again after a resume replaces the first."""
+    import pandas as pd
+
+    points: dict[tuple[int, str], float] = {}
+    for line in spool.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # the line being written when the process was killed
+            continue
+        step = row.pop("step")
+        points |= {(step, metric): value for metric, value in row.items()}
+    rows = [(step, metric, value) for (step, metric), value in sorted(points.items())]
+    pd.DataFrame(rows, columns=["step", "metric", "value"]).astype({"step": "int64", "metric": "str", "value": "float64"}).to_parquet(file, index=False)
+
+
+def _progress(node: str, quiet: bool) -> Callable[[int, int, str], None]:
+    """A line on stderr at most every two seconds (every thirty where stderr is no terminal)."""
+    start, last = time.monotonic(), [0.0]
+    interval = 2.0 if sys.stderr.isatty() else 30.0
+
+    def progress(done: int, total: int, note: str = "") -> None:
+        now = time.monotonic()
+        if quiet or (now - last[0] < interval and done < total) or not done:
+            return
+        last[0] = now
+        left = (now - start) / done * (total - done)
+        print(f"{node}: {done}/{total} {note} {left:.0f} s left", file=sys.stderr, flush=True)
+
+    return progress
+
+

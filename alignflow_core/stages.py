@@ -1,0 +1,188 @@
+"""The registry: every stage of the method, what it reads and where it writes.
+
+Standard library only, so that orchestrators can read the graph without importing torch.
+``dvc.yaml`` is written from this table and the Dagster assets are made from it.
+"""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+PACKAGE_DIR = Path(__file__).parent
+
+# Modules that carry values or run stages but decide nothing about their content: the values
+# reach a stage's fingerprint through its params, so a change here makes no artifact stale.
+PLUMBING = frozenset({"__init__", "__main__", "config", "stages", "runner", "artifact", "checkpoint", "errors", "devices"})
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One unit of work: a function, the artifacts it reads, the one folder it writes.
+
+    Attributes:
+        name: stage, DVC stage, artifact folder and (mostly) file word.
+        asset: the noun shown in Dagster.
+        scope: ``"project"`` (built once), ``"domain"`` or ``"target"`` (built per key).
+        function: ``module:function`` inside ``alignflow_core``; called as
+            ``function(config, inputs, out_dir, context) -> dict[str, float]``.
+        inputs: stage names; the suffix says which of its folders is meant:
+            ``data:source`` the source domain, ``data:target`` the target's own domain,
+            ``evaluate:all`` one per key (fan-in). No suffix: the same key, or the project's only one.
+        params: dotted keys of params.yaml; ``{key}`` is the stage's own key.
+        raw: dotted keys of params.yaml that name a raw folder read by the stage (may be null there).
+        gpu: wants the accelerator when there is one.
+        group: heading in the Dagster asset graph.
+        description: one sentence for people.
+    """
+
+    name: str
+    asset: str
+    scope: str
+    function: str
+    inputs: tuple[str, ...]
+    params: tuple[str, ...]
+    raw: tuple[str, ...]
+    gpu: bool
+    group: str
+    description: str
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("data", "domain_splits", "domain", "data:run_data", (), ("seed", "task", "data", "domains.{key}", "source"),
+              ("domains.{key}.dir",), False, "1_data",
+              "Raw folder of one domain, checked, resized, split by patient and hashed."),
+        Stage("references", "reference_set", "target", "data:run_references", ("data:target",),
+              ("task", "data", "targets.{key}.domain", "targets.{key}.references"),
+              ("targets.{key}.references.dir",), False, "1_data",
+              "The few images of the target that the method may see, disjoint from its test set."),
+        Stage("mask_flow", "mask_flow_checkpoint", "project", "mask_flow:run", ("data:source",),
+              ("seed", "machine", "task", "mask_flow"), (), True, "2_stage_one",
+              "Flow over signed distance maps that draws new masks."),
+        Stage("image_flow", "image_flow_checkpoint", "project", "image_flow:run", ("data:source",),
+              ("seed", "machine", "task", "image_flow"), (), True, "2_stage_one",
+              "Stage 1: flow that paints a source image from a mask."),
+        Stage("sample_masks", "synthetic_masks", "project", "sample:run_masks", ("mask_flow", "data:source"),
+              ("seed", "machine", "task", "sample"), (), True, "4_synthesis",
+              "Fresh plausible masks, shared by all targets."),
+        Stage("sample_stage1", "stage1_images", "project", "sample:run_stage1", ("image_flow", "sample_masks"),
+              ("seed", "machine", "task", "sample"), (), True, "4_synthesis",
+              "Source-like images painted by stage 1 from the synthetic masks."),
+        Stage("segment_source", "source_segmenters", "project", "segment:run_source", ("data:source", "sample_stage1"),
+              ("seed", "machine", "task", "segment"), (), True, "5_downstream",
+              "Segmenters of the arms that see no target: source, source+colour, stage1."),
+        Stage("align", "aligned_checkpoint", "target", "align:run", ("image_flow", "data:source", "references"),
+              ("seed", "machine", "task", "image_flow", "targets.{key}.align"), (), True, "3_stage_two",
+              "Stage 2: the painter tuned by a differentiable reward towards the reference set."),
+        Stage("sample_aligned", "synthetic_images", "target", "sample:run_aligned", ("align", "sample_masks"),
+              ("seed", "machine", "task", "sample"), (), True, "4_synthesis",
+              "Target-like images painted by stage 2 from the synthetic masks."),
+        Stage("filter", "filtered_pairs", "target", "filtering:run",
+              ("sample_aligned", "data:source", "references"), ("seed", "machine", "task", "filter", "segment"), (), True,
+              "4_synthesis", "Which synthetic pairs are plausible, novel and true to their mask."),
+        Stage("segment_target", "target_segmenters", "target", "segment:run_target",
+              ("data:source", "data:target", "references", "sample_aligned", "filter"),
+              ("seed", "machine", "task", "segment"), (), True, "5_downstream",
+              "Segmenters of the arms that use the target's references."),
+        Stage("evaluate", "metrics", "target", "evaluate:run",
+              ("data:source", "data:target", "references", "sample_stage1", "sample_aligned", "filter",
+               "segment_source", "segment_target"),
+              ("seed", "machine", "task", "evaluate"), (), True, "6_results",
+              "Every arm on the target's held-out test images; image distances; copy check."),
+        Stage("compare", "comparison", "project", "compare:run", ("evaluate:all",), ("seed", "evaluate"), (), False,
+              "6_results", "Paired intervals and tests over all targets and arms."),
+        Stage("report", "report", "project", "report:run",
+              ("compare", "evaluate:all", "data:source", "references:all", "sample_masks", "sample_stage1",
+               "sample_aligned:all", "align:all", "filter:all", "image_flow", "mask_flow"),
+              ("task", "report"), (), False, "6_results", "One self-contained page of tables and figures."),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The registry laid over one project: its domains, source and targets.
+
+    Args:
+        domains: domain names, the source among them.
+        source: name of the source domain.
+        targets: target name -> name of its domain.
+    """
+
+    domains: tuple[str, ...]
+    source: str
+    targets: dict[str, str]
+
+    def keys(self, stage: Stage) -> tuple[str | None, ...]:
+        """Keys a stage is built for; ``(None,)`` for a project-wide stage."""
+        return {"project": (None,), "domain": self.domains, "target": tuple(self.targets)}[stage.scope]
+
+    def inputs(self, stage: Stage, key: str | None) -> dict[str, tuple[str, str | None]]:
+        """Input name as the stage function sees it -> (stage name, key).
+
+        Names: ``"data:source"``, ``"align"``; fan-ins are spelled ``"evaluate:<key>"``.
+        """
+        found: dict[str, tuple[str, str | None]] = {}
+        for spec in stage.inputs:
+            name, _, which = spec.partition(":")
+            if which == "all":
+                found |= {f"{name}:{each}": (name, each) for each in self.keys(STAGES[name])}
+            elif which == "source":
+                found[spec] = (name, self.source)
+            elif which == "target":
+                found[spec] = (name, self.targets[str(key)])
+            else:
+                found[spec] = (name, key if STAGES[name].scope == stage.scope else None)
+        return found
+
+    def nodes(self) -> Iterator[tuple[Stage, str | None]]:
+        """Every (stage, key), each after all of its inputs."""
+        for stage in STAGES.values():
+            for key in self.keys(stage):
+                yield stage, key
+
+
+def node_id(stage: str, key: str | None) -> str:
+    """``"align@zeiss"`` as DVC and the logs spell it, or ``"image_flow"``."""
+    return stage if key is None else f"{stage}@{key}"
+
+
+def artifact_dir(stage: str, key: str | None) -> Path:
+    """Folder of an artifact relative to the project root: ``artifacts/align/zeiss``."""
+    return Path("artifacts", stage, *([] if key is None else [key]))
+
+
+@cache
+def source_files(stage_name: str) -> tuple[str, ...]:
+    """Files of the package whose change can change the stage's result, relative to the package.
+
+    Follows imports from the stage's own module, leaving out :data:`PLUMBING`.
+    """
+    found: set[str] = set()
+
+    def visit(module: str) -> None:
+        path = PACKAGE_DIR / (module.replace(".", "/") + ".py")
+        if not path.exists():
+            path = PACKAGE_DIR / module.replace(".", "/") / "__init__.py"
+        name = path.relative_to(PACKAGE_DIR).as_posix()
+        if name in found or module in PLUMBING or not path.exists():
+            return
+        found.add(name)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+                imported = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            for full in imported:
+                inner = full.removeprefix("alignflow_core.")
+                if inner != full and ((PACKAGE_DIR / (inner.replace(".", "/") + ".py")).exists()
+                                      or (PACKAGE_DIR / inner.replace(".", "/")).is_dir()):
+                    visit(inner)
+
+    visit(STAGES[stage_name].function.partition(":")[0])
+    return tuple(sorted(found))
