@@ -1,0 +1,80 @@
+"""Are synthetic images copies of images the generator has seen?
+
+An image is suspicious when it lies much closer to something the method was given (the *bank*: the
+references, or the source training images) than to real images of the same kind the method never saw
+(*held out*). How close is too close is read off real images: each held-out image is asked the same
+question, so the rate of false flags is known and not guessed.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from scipy.spatial.distance import cdist
+
+SIDE = 16
+
+
+@dataclass(frozen=True)
+class CopyCheck:
+    """Result for N queries.
+
+    Attributes:
+        nearest: row of the nearest bank image, int [N].
+        distance: to that image, root mean square of standardised pixels, [N].
+        ratio: that distance over the distance to the nearest held-out image, [N]; small means copied.
+        threshold: ratios below it are flagged.
+        flagged: bool [N].
+        false_flag_rate: probability that a fresh real image is flagged (exact if it is exchangeable with the held-out ones).
+    """
+
+    nearest: np.ndarray
+    distance: np.ndarray
+    ratio: np.ndarray
+    threshold: float
+    flagged: np.ndarray
+    false_flag_rate: float
+
+
+def thumbnails(images: np.ndarray) -> np.ndarray:
+    """uint8 [N, H, W, 3] -> float64 [N, 16, 16, 3], each channel of each image standardised: neither resizing nor recolouring hides a copy."""
+    small = [np.asarray(Image.fromarray(np.ascontiguousarray(i)).resize((SIDE, SIDE), Image.Resampling.BOX), np.float64) for i in images]
+    stack = np.stack(small)
+    return (stack - stack.mean((1, 2), keepdims=True)) / (stack.std((1, 2), keepdims=True) + 4.0)
+
+
+def distances(queries: np.ndarray, bank: np.ndarray) -> np.ndarray:
+    """Distance of every query to every bank thumbnail, the least over the 8 flips and quarter turns, [N, M]."""
+    flat = bank.reshape(len(bank), -1)
+    turned = [np.rot90(q, turns, (1, 2)) for q in (queries, queries[:, :, ::-1]) for turns in range(4)]
+    found = np.full((len(queries), len(bank)), np.inf)
+    for query in turned:
+        np.minimum(found, cdist(query.reshape(len(query), -1), flat), out=found)
+    return found / np.sqrt(flat.shape[1])
+
+
+def copy_check(queries: np.ndarray, bank: np.ndarray, held_out: np.ndarray, groups: np.ndarray, quantile: float) -> CopyCheck:
+    """Flag the queries that lie closer to the bank than real images do.
+
+    Args:
+        queries, bank, held_out: uint8 [N, H, W, 3], at least one bank image.
+        groups: patient or sequence of each held-out image; a held-out image is not compared with its own group,
+            or the frames of one video would look like copies of each other.
+        quantile: share of real images that may be flagged. With n held-out images the least possible is 1 / (n + 1).
+
+    Returns:
+        A check whose ratios are NaN and flags false where fewer than two groups are held out.
+    """
+    small_bank, small_held, small = thumbnails(bank), thumbnails(held_out), thumbnails(queries)
+    to_bank = distances(small, small_bank)
+    nearest = to_bank.argmin(1)
+    distance = to_bank.min(1)
+    if len(set(groups)) < 2:
+        return CopyCheck(nearest, distance, np.full(len(queries), np.nan), float("nan"), np.zeros(len(queries), bool), float("nan"))
+    ratio = distance / np.maximum(distances(small, small_held).min(1), 1e-9)
+    among = distances(small_held, small_held)
+    among[groups[:, None] == groups[None, :]] = np.inf
+    calibration = np.sort(distances(small_held, small_bank).min(1) / np.maximum(among.min(1), 1e-9))
+    rank = max(1, int(quantile * (len(held_out) + 1)))
+    threshold = float(calibration[rank - 1])
+    return CopyCheck(nearest, distance, ratio, threshold, ratio < threshold, rank / (len(held_out) + 1))

@@ -1,0 +1,46 @@
+"""The copy check: planted copies are found, honest images are not, and the false-flag rate is what it says."""
+
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter
+
+from alignflow_core.metrics.copying import copy_check, distances, thumbnails
+
+
+def textures(n: int, seed: int) -> np.ndarray:
+    noise = np.random.default_rng(seed).normal(size=(n, 32, 32, 3))
+    return (128 + 60 * np.stack([gaussian_filter(x, (3, 3, 0)) * 10 for x in noise])).clip(0, 255).astype(np.uint8)
+
+
+def test_planted_copies_are_flagged_however_turned_and_tinted():
+    bank, held_out, fresh = textures(30, 0), textures(60, 1), textures(20, 2)
+    turned = np.rot90(bank[3], 1)[:, ::-1]
+    tinted = (bank[7] * [0.5, 0.9, 0.7] + 20).astype(np.uint8)
+    check = copy_check(np.concatenate([turned[None], tinted[None], fresh]), bank, held_out, np.arange(60), 0.01)
+    assert check.flagged[:2].all() and check.nearest[:2].tolist() == [3, 7]
+    assert check.flagged[2:].sum() <= 1
+    assert check.distance[0] == pytest.approx(0, abs=0.02)
+    assert check.false_flag_rate == pytest.approx(1 / 61)
+
+
+def test_false_flag_rate_of_fresh_real_images():
+    rates = []
+    for seed in range(6):
+        check = copy_check(textures(100, 10 * seed), textures(20, 10 * seed + 1), textures(39, 10 * seed + 2), np.arange(39), 0.1)
+        assert check.false_flag_rate == pytest.approx(0.1)
+        rates.append(check.flagged.mean())
+    assert np.mean(rates) < 0.2
+
+
+def test_frames_of_one_sequence_do_not_calibrate_each_other():
+    frames = np.repeat(textures(10, 3), 4, axis=0)
+    check = copy_check(textures(5, 4), textures(10, 5), frames, np.repeat(np.arange(10), 4), 0.01)
+    assert 0 < check.threshold < 10
+    lone = copy_check(textures(5, 4), textures(10, 5), frames[:4], np.zeros(4), 0.01)
+    assert np.isnan(lone.threshold) and not lone.flagged.any()
+
+
+def test_distance_is_least_over_the_eight_symmetries():
+    a = textures(1, 6)
+    for turned in (np.rot90(a, 2, (1, 2)), a[:, :, ::-1], a.transpose(0, 2, 1, 3)):
+        assert distances(thumbnails(turned), thumbnails(a))[0, 0] == pytest.approx(0, abs=0.02)

@@ -1,0 +1,104 @@
+"""Distances between image sets: known answers, textbook formulas, and what the descriptors see."""
+
+import numpy as np
+import pytest
+from scipy.linalg import sqrtm
+
+from alignflow_core.metrics.distribution import diversity, frechet, kernel_distance, neighbourhoods, real_floor, set_distances
+from alignflow_core.metrics.features import FeatureSpace, descriptors
+
+
+def sets(n: int, m: int, d: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, d)), rng.normal(0.5, 1.5, size=(m, d))
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(40, 55, 8), (7, 9, 20), (5, 60, 12)])
+def test_frechet_equals_the_matrix_square_root(n, m, d):
+    x, y = sets(n, m, d)
+    cx, cy = np.cov(x.T), np.cov(y.T)
+    with np.errstate(all="ignore"):
+        root = np.linalg.eigvals(cx @ cy).clip(0).real ** 0.5 if min(n, m) <= d else np.diag(sqrtm(cx @ cy)).real
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cx) + np.trace(cy) - 2 * root.sum()
+    assert frechet(x, y) == pytest.approx(expected, rel=1e-5)
+
+
+def test_frechet_of_known_gaussians():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(200_000, 2)) * [1, 2] + [3, 0]
+    y = rng.normal(size=(200_000, 2)) * [2, 2]
+    assert frechet(x, y) == pytest.approx(9 + 1, abs=0.06)  # |mean difference|^2 + sum (s1 - s2)^2
+    assert frechet(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_kernel_distance_equals_the_double_sum():
+    x, y = sets(6, 9, 4)
+
+    def mmd(a, b):
+        kernel = lambda u, v: (u @ v / 4 + 1) ** 3  # noqa: E731
+        within = [sum(kernel(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j) / (len(s) * (len(s) - 1)) for s in (a, b)]
+        return sum(within) - 2 * np.mean([[kernel(u, v) for v in b] for u in a])
+
+    value, error = kernel_distance(x, y)
+    assert value == pytest.approx(mmd(x, y))
+    left_x = np.array([mmd(np.delete(x, i, 0), y) for i in range(6)])
+    left_y = np.array([mmd(x, np.delete(y, i, 0)) for i in range(9)])
+    assert error == pytest.approx(np.sqrt(5 * left_x.var() + 8 * left_y.var()))
+
+
+def test_kernel_distance_is_unbiased_and_its_error_honest():
+    rng = np.random.default_rng(2)
+    found = np.array([kernel_distance(rng.normal(size=(20, 6)), rng.normal(size=(25, 6))) for _ in range(300)])
+    assert abs(found[:, 0].mean()) < 3 * found[:, 0].std() / np.sqrt(300)
+    assert found[:, 1].mean() > found[:, 0].std() * 0.8
+
+
+def test_neighbourhoods_of_equal_far_and_collapsed_sets():
+    x = np.random.default_rng(3).normal(size=(60, 3))
+    same = neighbourhoods(x, x)
+    assert (same["precision"], same["recall"], same["coverage"]) == (1, 1, 1)
+    assert same["density"] == pytest.approx(1.0)  # each point lies in the ball of itself and 4 of its neighbours' on average
+    assert set(neighbourhoods(x, x + 100).values()) == {0}
+    collapsed = neighbourhoods(x, np.repeat(x[:1], 20, 0) + 1e-6)
+    assert collapsed["precision"] == 1 and collapsed["recall"] == 0 and collapsed["coverage"] < 0.5
+
+
+def test_neighbourhoods_equal_the_definition():
+    x, y = sets(12, 15, 3)
+    radius = lambda s: [sorted(np.linalg.norm(s - p, axis=1))[5] for p in s]  # noqa: E731
+    inside = np.array([[np.linalg.norm(a - b) < r for b in y] for a, r in zip(x, radius(x), strict=True)])
+    covered = np.array([[np.linalg.norm(a - b) < r for b, r in zip(y, radius(y), strict=True)] for a in x])
+    assert neighbourhoods(x, y) == pytest.approx({
+        "precision": inside.any(0).mean(), "recall": covered.any(1).mean(),
+        "density": inside.sum() / (5 * 15), "coverage": inside.any(1).mean()})
+
+
+def test_too_few_images_give_nan():
+    found = set_distances(np.ones((1, 4)), np.zeros((30, 4)))
+    assert all(np.isnan(value) for value in found.values())
+
+
+def test_floor_of_identical_sources():
+    x = np.random.default_rng(4).normal(size=(80, 5))
+    floor = real_floor(x, np.random.default_rng(0))
+    assert abs(floor["kid"]) < 0.05 and floor["precision"] > 0.8 and 0 < floor["fid"] < 1
+    assert floor["diversity"] == pytest.approx(diversity(x), rel=0.05)
+    assert floor == real_floor(x, np.random.default_rng(0))
+
+
+def test_descriptors_see_colour_blur_and_noise():
+    rng = np.random.default_rng(5)
+    ramp = np.linspace(40, 200, 32)[None, :, None, None] + np.zeros((8, 1, 32, 3))
+    base = (ramp + rng.normal(0, 3, size=(8, 32, 32, 3))).clip(0, 255).astype(np.uint8)
+    space = FeatureSpace.fit(base)
+    own = np.abs(space(base)).mean()
+    assert descriptors(base).shape == (8, 118) and np.isfinite(descriptors(base)).all()
+    tinted = (base * [1, 0.8, 0.6]).astype(np.uint8)
+    noisy = (base + rng.normal(0, 15, base.shape)).clip(0, 255).astype(np.uint8)
+    for changed in (tinted, noisy):
+        assert np.abs(space(changed)).mean() > 2 * own
+    np.testing.assert_array_equal(space(base)[3], space(base[3:4])[0])
+
+
+def test_descriptors_of_flat_images_are_finite():
+    assert np.isfinite(FeatureSpace.fit(np.zeros((2, 16, 16, 3), np.uint8))(np.full((2, 16, 16, 3), 255, np.uint8))).all()
