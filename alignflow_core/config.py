@@ -138,12 +138,13 @@ class Times:
 
 @dataclass(frozen=True)
 class MaskFlow:
-    """The flow over signed distance maps; ``clip`` is the distance in pixels at working size that maps to 1."""
+    """The flow over signed distance maps; ``clip`` is the distance in pixels at working size that maps to 1, ``size`` the grid it works on."""
 
     network: Network = field(default_factory=Network)
     training: Training = field(default_factory=Training)
     times: Times = field(default_factory=Times)
     clip: float = 12.0
+    size: int = 32
 
 
 @dataclass(frozen=True)
@@ -247,9 +248,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Filter:
-    """Filtering of synthetic pairs (see ``filtering.py``)."""
+    """Filtering of synthetic pairs (see ``filtering.py``).
 
-    outlier_quantile: float = 0.99
+    ``outlier_limit``: outlyingness (1 is typical) above which a pair is implausible; ``copy_quantile``: share of real images
+    that may be taken for copies; ``agreement_ratio``: least share of the set's median mask agreement; ``judge_steps``.
+    """
+
+    outlier_limit: float = 2.5
     copy_quantile: float = 0.01
     agreement_ratio: float = 0.85
     judge_steps: int = 200

@@ -1,0 +1,76 @@
+"""Networks and training state on disk: tensors in safetensors, the rest in JSON, never pickle."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from alignflow_core.artifact import file_hash, read_json, write_json
+from alignflow_core.errors import InputError
+
+
+def save_network(folder: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Write ``weights.safetensors`` and ``config.json`` (with the weights' SHA-256)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / "weights.safetensors", weights)
+    write_json(folder / "config.json", {**config, "weights_sha256": file_hash(folder / "weights.safetensors")})
+
+
+def load_network(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read weights and config. Raises :class:`InputError` on a missing, damaged or altered file."""
+    config = read_json(folder / "config.json")
+    file = folder / "weights.safetensors"
+    if not file.exists() or file_hash(file) != config.get("weights_sha256"):
+        raise InputError(f"{file}: missing or not what config.json records; rebuild the artifact it belongs to")
+    return load_tensors(file), config
+
+
+def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors by rename, so that a reader never sees half a file."""
+    part = file.with_name(f".{file.name}.part{os.getpid()}")
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part)
+    with part.open("rb") as stream:
+        os.fsync(stream.fileno())
+    part.replace(file)
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """Read tensors; a damaged file is an :class:`InputError`."""
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: not a readable safetensors file ({error}); rebuild the artifact it belongs to") from error
+
+
+def pack_optimiser(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Optimiser moments as flat tensors: ``<parameter number>/<name>``."""
+    state = optimiser.state_dict()["state"]
+    return {f"{index}/{name}": torch.as_tensor(value) for index, values in state.items() for name, value in values.items()}
+
+
+def unpack_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put the moments of :func:`pack_optimiser` back."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition("/")
+        state.setdefault(int(index), {})[name] = value
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors with ``prefix:`` before each name."""
+    return {f"{prefix}:{name}": value for name, value in tensors.items()}
+
+
+def section(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors saved under ``prefix:``."""
+    return {name.removeprefix(f"{prefix}:"): value for name, value in tensors.items() if name.startswith(f"{prefix}:")}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile``'s wrapper, if there is one."""
+    return getattr(model, "_orig_mod", model)

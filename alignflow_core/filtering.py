@@ -1,0 +1,72 @@
+"""Keep the synthetic pairs that are plausible, novel and true to their mask (our choice; the paper keeps all).
+
+* plausible: not an outlier among the set, by the robust deviation of its reward features;
+* novel: not closer to a reference than real images are (``metrics/copying.py``);
+* mask-true: a judge that never saw the pair finds its mask again. Two judges are trained, each on one half of the
+  synthetic pairs, and judge the other half: they know the target's look but need no target label.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from alignflow_core.config import Filter, Segment, Task
+from alignflow_core.devices import prepare
+from alignflow_core.metrics.copying import copy_check
+from alignflow_core.networks.segmenters import build_segmenter, mean_dice, predict
+from alignflow_core.pairs import Pairs, read_pairs, to_unit
+from alignflow_core.reward.encoders import fit_encoder
+from alignflow_core.segmenter_fit import Diet, fit
+
+
+def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
+    """Score every aligned pair and write ``manifest.parquet`` with ``kept`` and the first reason against."""
+    settings: Filter = config.filter
+    pairs, references = read_pairs(inputs["sample_aligned"]), read_pairs(inputs["references"])
+    train, held_out = (read_pairs(inputs["data:source"], split) for split in ("train", "val"))
+    outlyingness = _outlyingness(pairs, train)
+    copies = copy_check(pairs.images, references.images, held_out.images, held_out.table["group"].to_numpy(), settings.copy_quantile)
+    agreement = _cross_judged(config, pairs, context)
+    reasons = np.select([copies.flagged, outlyingness > settings.outlier_limit, agreement < settings.agreement_ratio * np.median(agreement)],
+                        ["near copy of a reference", "implausible image", "image does not follow its mask"], default="")
+    table = pd.DataFrame({"pair_id": pairs.ids, "kept": reasons == "", "reason": reasons, "novelty": copies.ratio,
+                          "outlyingness": outlyingness, "agreement": agreement})
+    if not table["kept"].any():
+        raise RuntimeError(f"filter refused all {len(table)} pairs ({table['reason'].value_counts().to_dict()}); loosen the filter section or align again")
+    table.to_parquet(out_dir / "manifest.parquet", index=False)
+    return {"kept_fraction": float(table["kept"].mean()), "mask_agreement": float(np.mean(agreement)),
+            **{f"refused_{name.replace(' ', '_')}": float((reasons == name).mean()) for name in
+               ("near copy of a reference", "implausible image", "image does not follow its mask")}}
+
+
+def _outlyingness(pairs: Pairs, source: Pairs) -> np.ndarray:
+    """Root mean square of robust z-scores of a pair's features within the set, over its median: 1 is typical, [N]."""
+    with torch.no_grad():
+        features = fit_encoder("statconv", to_unit(source.images))(to_unit(pairs.images)).numpy()
+    centred = features - np.median(features, axis=0)
+    z = centred / (1.4826 * np.median(np.abs(centred), axis=0) + 1e-6)
+    size = np.sqrt(np.mean(np.clip(z, -20, 20) ** 2, axis=1))
+    return size / np.median(size)
+
+
+def _cross_judged(config: Any, pairs: Pairs, context: Any) -> np.ndarray:
+    """Dice of each pair's mask against the judge trained on the other half, [N]."""
+    settings: Filter = config.filter
+    segment: Segment = config.segment
+    task: Task = config.task
+    device = prepare(config.machine)
+    training = dataclasses.replace(segment.training, steps=settings.judge_steps)
+    half = np.arange(len(pairs)) % 2 == 0
+    agreement = np.empty(len(pairs))
+    for number, trained_on in enumerate((half, ~half)):
+        weights, _ = fit(Diet(pairs.select(trained_on)), None, task, segment, training, config.machine, (config.seed, "filter", "judge", number),
+                         context.work_dir / f"judge{number}.safetensors", context)
+        judge = build_segmenter(len(task.classes), segment.channels, 0)
+        judge.load_state_dict(weights)
+        judged = pairs.select(~trained_on)
+        agreement[~trained_on] = mean_dice(predict(judge.to(device), judged.images, task, device), judged.labels, task)
+    return agreement

@@ -1,0 +1,1 @@
+"""Flow matching: path, coupling, loss, solvers, guidance, EMA and the training loop."""

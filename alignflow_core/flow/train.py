@@ -1,0 +1,104 @@
+"""The one training loop: AdamW, warm-up and cosine, clipping, EMA, exact resume, a stop on NaN."""
+
+import contextlib
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from alignflow_core.checkpoint import load_tensors, pack_optimiser, prefixed, save_tensors, section, unpack_optimiser, unwrap
+from alignflow_core.config import Training
+from alignflow_core.flow.ema import Ema
+
+Log = Callable[[dict[str, float], int], None]
+Progress = Callable[[int, int, str], None]
+
+
+def train(model: nn.Module, step: Callable[[int], dict[str, float]], training: Training, state_file: Path, log: Log, progress: Progress,
+          on_step: Callable[[int, Ema], bool] | None = None, extra: dict[str, Tensor] | None = None) -> Ema:
+    """Train until ``training.steps`` and return the averaged weights.
+
+    Args:
+        step: ``step(i)`` leaves the gradients of step i in the parameters and returns numbers to log.
+            It must depend on i alone (see ``seeding.py``): then a resumed run is the uninterrupted one, byte for byte.
+        state_file: safetensors file of the resumable state; read if there, written every ``save_every`` steps and on interruption.
+        on_step: called after each step with the number of steps done; true ends the training.
+        extra: further tensors that belong to the state; its entries are replaced when a state is restored.
+
+    Raises:
+        FloatingPointError: loss or gradient is not finite; the last good state stays on disk.
+    """
+    optimiser = torch.optim.AdamW(model.parameters(), lr=training.lr, betas=(0.9, training.beta2),
+                                  weight_decay=training.weight_decay, fused=True)
+    ema, extra = Ema(unwrap(model), training.ema), {} if extra is None else extra
+    done, ended = _restore(state_file, model, optimiser, ema, extra)
+    with _held_signals() as caught:
+        while done < training.steps and not ended:
+            for group in optimiser.param_groups:
+                group["lr"] = training.lr * schedule(done, training)
+            optimiser.zero_grad(set_to_none=True)
+            numbers = step(done)
+            norm = float(nn.utils.clip_grad_norm_(model.parameters(), training.clip))
+            bad = [name for name, value in {**numbers, "gradient norm": norm}.items() if not math.isfinite(value)]
+            if bad:
+                raise FloatingPointError(f"step {done}: {', '.join(bad)} not finite; lower the learning rate or check the data. "
+                                         f"The last good state is kept in {state_file.name}")
+            optimiser.step()
+            ema.update(unwrap(model))
+            done += 1
+            if done % training.log_every == 0 or done == training.steps:
+                log({**numbers, "gradient_norm": norm}, done)
+            ended = on_step is not None and on_step(done, ema) or done == training.steps
+            progress(done, training.steps, " ".join(f"{k}={v:.4g}" for k, v in numbers.items()))
+            if ended or caught or done % training.save_every == 0:
+                _save(state_file, (done, ended), model, optimiser, ema, extra)
+            if caught:
+                raise KeyboardInterrupt if caught[0] == signal.SIGINT else SystemExit(128 + caught[0])
+    return ema
+
+
+def schedule(done: int, training: Training) -> float:
+    """Share of the learning rate: linear warm-up, then cosine to 2 %."""
+    warm = min(training.warm_up, max(1, training.steps // 4))
+    if done < warm:
+        return (done + 1) / warm
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (done - warm) / max(1, training.steps - warm)))
+
+
+@contextlib.contextmanager
+def _held_signals() -> Iterator[list[int]]:
+    """Hold SIGINT and SIGTERM until a step is whole, so that no half-made step is ever saved."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _save(file: Path, done: tuple[int, bool], model: nn.Module, optimiser: torch.optim.Optimizer, ema: Ema, extra: dict[str, Tensor]) -> None:
+    save_tensors(file, {"done": torch.tensor([*done, ema.updates]), **prefixed("model", unwrap(model).state_dict()),
+                        **prefixed("optimiser", pack_optimiser(optimiser)), **prefixed("ema", ema.shadow), **prefixed("extra", extra)})
+
+
+def _restore(file: Path, model: nn.Module, optimiser: torch.optim.Optimizer, ema: Ema, extra: dict[str, Tensor]) -> tuple[int, bool]:
+    """Put a saved state back; returns the steps done and whether training had ended; (0, False) without a state."""
+    if not file.exists():
+        return 0, False
+    state = load_tensors(file)
+    unwrap(model).load_state_dict(section("model", state))
+    unpack_optimiser(optimiser, section("optimiser", state))
+    for name, value in section("ema", state).items():
+        ema.shadow[name].copy_(value)
+    for name, value in section("extra", state).items():
+        extra[name] = value.to(extra[name].device)
+    done, ended, ema.updates = state["done"].tolist()
+    return done, bool(ended)

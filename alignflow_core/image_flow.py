@@ -1,0 +1,53 @@
+"""Stage 1: train p(image | mask) on the source domain (arXiv 2604.02868, stage 1: denoising loss only)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignflow_core.config import ImageFlow, Task
+from alignflow_core.devices import autocast, prepare, ready
+from alignflow_core.flow.loss import flow_matching_loss
+from alignflow_core.flow.train import train
+from alignflow_core.masks import condition
+from alignflow_core.networks import velocity_unet
+from alignflow_core.pairs import read_pairs, to_unit
+from alignflow_core.seeding import derive_seed, generator
+
+
+def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
+    """Train the painter on the source's training split and write its averaged weights.
+
+    Also records the denoising loss on the validation split at fixed noise and times.
+    """
+    settings: ImageFlow = config.image_flow
+    task: Task = config.task
+    device = prepare(config.machine)
+    pairs = read_pairs(inputs["data:source"], "train")
+    images, cond = to_unit(pairs.images).to(device), condition(pairs.labels, task, settings.clip).to(device)
+    network = velocity_unet.build(3, cond.shape[1], settings.network, derive_seed(config.seed, "image_flow", "weights"))
+    model = ready(network, config.machine, device)
+
+    def step(i: int) -> dict[str, float]:
+        draw = generator(config.seed, "image_flow", i)
+        rows = torch.randint(len(images), (settings.training.batch,), generator=draw).to(device)
+        x1, c = images[rows], cond[rows]
+        if settings.flip:
+            flipped = (torch.rand(len(x1), generator=draw) < 0.5).view(-1, 1, 1, 1).to(device)
+            x1, c = torch.where(flipped, x1.flip(3), x1), torch.where(flipped, c.flip(3), c)
+        with autocast(config.machine, device):
+            loss = flow_matching_loss(model, x1, c, settings.times, draw, settings.coupling, settings.condition_dropout)
+        loss.backward()
+        return {"loss": loss.item()}
+
+    ema = train(model, step, settings.training, context.work_dir / "state.safetensors", context.log, context.progress)
+    velocity_unet.save(out_dir, ema.shadow, 3, cond.shape[1], settings.network, clip=settings.clip)
+
+    trained, _ = velocity_unet.load(out_dir)
+    held_out = read_pairs(inputs["data:source"], "val")
+    trained = trained.to(device)
+    with torch.no_grad():
+        losses = [float(flow_matching_loss(trained, to_unit(held_out.images).to(device), condition(held_out.labels, task, settings.clip).to(device),
+                                           settings.times, generator(config.seed, "image_flow", "validation", i))) for i in range(4)]
+    return {"validation_loss": sum(losses) / len(losses), "n_images": settings.training.steps * settings.training.batch,
+            "parameters": sum(p.numel() for p in network.parameters())}

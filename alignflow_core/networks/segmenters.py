@@ -1,0 +1,116 @@
+"""Downstream segmenters: MONAI's residual U-Net on images, one output channel per class region."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from alignflow_core.checkpoint import load_network, save_network
+from alignflow_core.config import Task
+from alignflow_core.masks import from_regions, regions
+from alignflow_core.pairs import to_unit
+
+Batch = tuple[np.ndarray, np.ndarray]
+
+
+def build_segmenter(n_classes: int, channels: tuple[int, ...], seed: int) -> nn.Module:
+    """U-Net [B, 3, H, W] -> region logits [B, C, H, W]; the same seed gives the same weights."""
+    from monai.networks.nets import UNet
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return UNet(spatial_dims=2, in_channels=3, out_channels=n_classes, channels=channels,
+                    strides=(2,) * (len(channels) - 1), num_res_units=1, norm="batch")
+
+
+def segmentation_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """Cross-entropy plus soft Dice per region: logits and truth [B, C, H, W], truth 0 or 1."""
+    probability = logits.sigmoid()
+    overlap, total = (probability * truth).sum((0, 2, 3)), (probability + truth).sum((0, 2, 3))
+    dice = 1 - (2 * overlap + 1) / (total + 1)
+    return nn.functional.binary_cross_entropy_with_logits(logits, truth) + dice.mean()
+
+
+def augment(images: Tensor, truth: Tensor, rng: torch.Generator, colour: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Flips, quarter turns, zoom and shift of whole batches' rows; optional strong colour jitter.
+
+    Args:
+        images: [B, 3, H, W] in [-1, 1]; truth: [B, C, H, W] in 0/1.
+        rng: CPU generator.
+        colour: strength of random gain, offset, gamma, channel mixing and blur-free noise; 0 is off.
+    """
+    n = len(images)
+    theta = torch.zeros(n, 2, 3)
+    scale = 1 + 0.15 * (2 * torch.rand(n, generator=rng) - 1)
+    flip = torch.randint(0, 2, (n,), generator=rng) * 2 - 1
+    angle = torch.randint(0, 4, (n,), generator=rng) * (torch.pi / 2) + 0.25 * (2 * torch.rand(n, generator=rng) - 1)
+    theta[:, 0, 0], theta[:, 0, 1] = scale * angle.cos() * flip, -scale * angle.sin()
+    theta[:, 1, 0], theta[:, 1, 1] = scale * angle.sin() * flip, scale * angle.cos()
+    theta[:, :, 2] = 0.08 * (2 * torch.rand(n, 2, generator=rng) - 1)
+    grid = nn.functional.affine_grid(theta.to(images), list(images.shape), align_corners=False)
+    images = nn.functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    truth = nn.functional.grid_sample(truth, grid, mode="nearest", padding_mode="reflection", align_corners=False)
+    if colour:
+        images = jitter_colour(images, rng, colour)
+    return images, truth
+
+
+def jitter_colour(images: Tensor, rng: torch.Generator, strength: float) -> Tensor:
+    """Random gain and offset per channel, gamma, channel mixing and noise, [B, 3, H, W] in [-1, 1]."""
+    n = len(images)
+
+    def draw(*shape: int) -> Tensor:
+        return (2 * torch.rand(n, *shape, generator=rng) - 1).to(images)
+
+    unit = (images + 1) / 2
+    unit = unit.clamp_min(1e-4) ** torch.exp2(draw(1, 1, 1) * strength * 2)
+    mixing = torch.eye(3, device=images.device) + draw(3, 3) * strength * 0.5
+    unit = torch.einsum("bij,bjhw->bihw", mixing, unit) * (1 + draw(3, 1, 1) * strength) + draw(3, 1, 1) * strength * 0.5
+    noise = torch.randn(images.shape, generator=rng).to(images) * (draw(1, 1, 1).abs() * strength * 0.1)
+    return ((unit + noise).clamp(0, 1) * 2) - 1
+
+
+def training_step(model: nn.Module, task: Task, batch: Callable[[int], Batch], rng: Callable[[int], torch.Generator],
+                  device: torch.device, colour: float = 0.0) -> Callable[[int], dict[str, float]]:
+    """A ``step(i)`` for ``flow.train.train``: batch i, augmented, forward and backward."""
+    def step(i: int) -> dict[str, float]:
+        images, masks = batch(i)
+        truth = torch.from_numpy(regions(masks, task)).float()
+        x, y = augment(to_unit(images), truth, rng(i), colour)
+        loss = segmentation_loss(model(x.to(device)).float(), y.to(device))
+        loss.backward()
+        return {"loss": loss.item()}
+
+    return step
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: np.ndarray, task: Task, device: torch.device, batch: int = 64) -> np.ndarray:
+    """Segment uint8 [N, H, W, 3]: probability above .5 per region, class numbers uint8 [N, H, W]."""
+    model.eval()
+    found = [from_regions(model(to_unit(images[i:i + batch]).to(device)).float().cpu().numpy(), task) for i in range(0, len(images), batch)]
+    return np.concatenate(found) if found else np.empty(images.shape[:3], np.uint8)
+
+
+def mean_dice(predicted: np.ndarray, truth: np.ndarray, task: Task) -> np.ndarray:
+    """Dice per image, averaged over class regions, [N]; 1 where a region is absent from both."""
+    a, b = regions(predicted, task), regions(truth, task)
+    overlap, total = (a & b).sum((2, 3)), a.sum((2, 3)) + b.sum((2, 3))
+    return np.where(total > 0, 2 * overlap / np.maximum(total, 1), 1.0).mean(1)
+
+
+def save_segmenter(folder: Path, weights: dict[str, Tensor], n_classes: int, channels: tuple[int, ...], task: Task, **facts: Any) -> None:
+    """Write a segmenter with what is needed to use it elsewhere."""
+    save_network(folder, weights, {"n_classes": n_classes, "unet_channels": channels, "task": dataclasses.asdict(task), **facts})
+
+
+def load_segmenter(folder: Path, device: torch.device) -> nn.Module:
+    """The segmenter of a checkpoint folder, on its device, in evaluation mode."""
+    weights, config = load_network(folder)
+    model = build_segmenter(config["n_classes"], tuple(config["unet_channels"]), seed=0)
+    model.load_state_dict(weights)
+    return model.to(device).eval()

@@ -1,0 +1,57 @@
+"""The velocity model: MONAI's diffusion U-Net, the condition concatenated to the input.
+
+Our choice (the paper names no backbone): one U-Net trained jointly with its condition. A ControlNet
+on a small pixel-space base may never start to obey the mask.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignflow_core.checkpoint import load_network, save_network
+from alignflow_core.config import Network
+
+
+class VelocityUNet(nn.Module):
+    """v(x_t, t, cond) for x_t [B, C, H, W], t [B] in [0, 1], cond [B, D, H, W] (D may be 0)."""
+
+    def __init__(self, channels: int, cond_channels: int, network: Network) -> None:
+        from monai.networks.nets import DiffusionModelUNet
+
+        super().__init__()
+        self.cond_channels = cond_channels
+        self.unet = DiffusionModelUNet(
+            spatial_dims=2, in_channels=channels + cond_channels, out_channels=channels, channels=network.channels,
+            attention_levels=network.attention, num_res_blocks=network.n_res_blocks, num_head_channels=network.head_channels,
+            norm_num_groups=network.norm_groups)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        """Velocity [B, C, H, W]. Sinusoidal embedding wants times of order 1000."""
+        if self.cond_channels:
+            x_t = torch.cat([x_t, cond.to(x_t)], dim=1)
+        velocity: Tensor = self.unet(x_t, timesteps=t * 1000)
+        return velocity
+
+
+def build(channels: int, cond_channels: int, network: Network, seed: int) -> VelocityUNet:
+    """A freshly initialised network; the same seed gives the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return VelocityUNet(channels, cond_channels, network)
+
+
+def save(folder: Path, weights: dict[str, Tensor], channels: int, cond_channels: int, network: Network, **facts: Any) -> None:
+    """Write weights, shape and further facts that a reader needs (clip, task …)."""
+    save_network(folder, weights, {"channels": channels, "cond_channels": cond_channels, "network": dataclasses.asdict(network), **facts})
+
+
+def load(folder: Path) -> tuple[VelocityUNet, dict[str, Any]]:
+    """The network of a checkpoint folder, in evaluation mode, and its config."""
+    weights, config = load_network(folder)
+    network = Network(**{name: tuple(value) if isinstance(value, list) else value for name, value in config["network"].items()})
+    model = build(config["channels"], config["cond_channels"], network, seed=0)
+    model.load_state_dict(weights)
+    return model.eval(), config

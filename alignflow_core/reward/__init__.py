@@ -1,0 +1,1 @@
+"""Stage 2's parts: encoders, distances, gradient paths, gates."""

@@ -1,0 +1,64 @@
+"""How the reward's gradient reaches the weights through the sampler.
+
+One signature: ``scheme(velocity_model, x0, cond, times, reward, k, generator, weight)`` adds the gradient of
+``-weight * reward`` to the parameters and returns the reward and the sample.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alignflow_core.flow.path import VelocityModel
+
+Reward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """The reward of a sample and the sample x1 [B, C, H, W], both without gradient."""
+
+    reward: float
+    x1: Tensor
+
+
+def sparse(velocity_model: VelocityModel, x0: Tensor, cond: Tensor, times: Tensor, reward: Reward, k: int,
+           generator: torch.Generator, weight: float) -> Rewarded:
+    """Roll out Euler without gradient, then re-evaluate k random steps on their cached, detached inputs.
+
+    ``x1 = cached x1 + (N/k) * sum dt * (v_theta(x_i) - v_i)``: the value is exactly the cached sample, the gradient an
+    unbiased estimate of the detached-input gradient (compare FlowBP-Sparse arXiv 2606.11075, LeapAlign arXiv 2604.15311).
+    Since x1 is linear in the velocities, each chosen step is one vector-Jacobian product with dr/dx1, done one after the
+    other: memory is one network call whatever N and k are.
+    """
+    n = len(times) - 1
+    steps = (times[1:] - times[:-1]).tolist()
+    inputs, x = [], x0
+    with torch.no_grad():
+        for i in range(n):
+            inputs.append(x)
+            x = x + steps[i] * velocity_model(x, x.new_full((len(x),), float(times[i])), cond)
+    x1 = x.detach().requires_grad_()
+    value = reward(x1)
+    (gradient,) = torch.autograd.grad(value, x1)
+    for i in torch.randperm(n, generator=generator)[:k].tolist():
+        velocity = velocity_model(inputs[i], x.new_full((len(x),), float(times[i])), cond)
+        (-weight * n / k * steps[i] * (velocity * gradient).sum()).backward()
+    return Rewarded(value.item(), x1.detach())
+
+
+def last_k(velocity_model: VelocityModel, x0: Tensor, cond: Tensor, times: Tensor, reward: Reward, k: int,
+           generator: torch.Generator, weight: float) -> Rewarded:
+    """Plain back-propagation through the last k Euler steps (AlignProp, arXiv 2310.03739; K = 1: ReFL)."""
+    n = len(times) - 1
+    x = x0
+    for i in range(n):
+        with torch.set_grad_enabled(i >= n - k):
+            x = x + float(times[i + 1] - times[i]) * velocity_model(x, x.new_full((len(x),), float(times[i])), cond)
+    value = reward(x)
+    (-weight * value).backward()
+    return Rewarded(value.item(), x.detach())
+
+
+SCHEMES: dict[str, Callable[..., Rewarded]] = {"sparse": sparse, "last_k": last_k}

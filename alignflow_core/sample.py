@@ -1,0 +1,147 @@
+"""Synthesis: noise -> mask, mask -> image, one seed per pair, so that pair i is the same in any batch or after any restart."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.ndimage import binary_fill_holes, label
+from torch import Tensor, nn
+from torch.nn import functional
+
+from alignflow_core.artifact import read_json
+from alignflow_core.config import Sample, Task
+from alignflow_core.devices import autocast, prepare
+from alignflow_core.flow.guidance import guided
+from alignflow_core.flow.solver import SOLVERS, time_grid
+from alignflow_core.masks import condition, from_regions, regions
+from alignflow_core.networks import velocity_unet
+from alignflow_core.pairs import Pairs, read_array, read_pairs, to_bytes, write_pairs
+from alignflow_core.seeding import derive_seed, generator
+
+MAX_CANDIDATES = 20  # per wanted mask, before a mask flow is called untrained
+
+
+def run_masks(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
+    """Draw the masks that all targets share: real training masks, flow masks, or both in turn.
+
+    Flow masks are decoded at 0, cleaned, and refused when implausible (a class area outside the training
+    quantiles, a missing class that training masks always have) or a near copy of a training mask.
+    """
+    settings: Sample = config.sample
+    task: Task = config.task
+    source = read_pairs(inputs["data:source"], "train")
+    real = np.asarray(source.labels)
+    n_flow = {"real": 0, "flow": settings.n_pairs, "mixed": settings.n_pairs // 2}[settings.mask_source]
+    drawn, seeds, tried = _draw_masks(config, inputs["mask_flow"], real, n_flow, context)
+    order = np.random.Generator(np.random.PCG64(derive_seed(config.seed, "sample_masks", "real")))
+    rows = np.concatenate([order.permutation(len(real)) for _ in range(-(-settings.n_pairs // len(real)))])[:settings.n_pairs - n_flow]
+    masks = np.concatenate([real[rows], drawn]) if n_flow else real[rows]
+    # Interleave, so that any prefix of the set holds both kinds.
+    turn = np.argsort(np.concatenate([np.arange(len(rows)) / max(1, len(rows)), np.arange(n_flow) / max(1, n_flow)]), kind="stable")
+    table = pd.DataFrame({"mask_id": [f"mask{i:06d}" for i in range(len(masks))],
+                          "seed": np.array([*rows, *seeds], dtype=np.int64)[turn],
+                          "origin": np.array(["real"] * len(rows) + ["flow"] * n_flow)[turn]})
+    np.save(out_dir / "masks.npy", masks[turn])
+    table.to_parquet(out_dir / "manifest.parquet", index=False)
+    return {"n_masks": len(masks), "n_flow": n_flow, "accepted_fraction": n_flow / tried if tried else 1.0,
+            **{f"area_{name}": float(share) for name, share in zip(task.classes, regions(masks, task).mean((0, 2, 3)), strict=True)}}
+
+
+def run_stage1(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
+    """Paint the synthetic masks with the stage-1 model."""
+    return _paint(config, inputs["image_flow"], inputs["sample_masks"], out_dir, context)
+
+
+def run_aligned(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
+    """Paint the synthetic masks with the target's aligned model, from the same noise as stage 1."""
+    return _paint(config, inputs["align"], inputs["sample_masks"], out_dir, context)
+
+
+def _paint(config: Any, checkpoint_dir: Path, masks_dir: Path, out_dir: Path, context: Any) -> dict[str, float]:
+    """Image i from noise seeded by (seed, "pair", i); finished chunks survive an interruption."""
+    settings: Sample = config.sample
+    device = prepare(config.machine)
+    model, facts = velocity_unet.load(checkpoint_dir)
+    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    masks = read_array(masks_dir / "masks.npy")
+    chunks = range(0, len(masks), settings.batch)
+    parts = []
+    for start in chunks:
+        part = context.work_dir / f"chunk{start:08d}.npy"
+        if not part.exists():
+            chosen = np.asarray(masks[start:start + settings.batch])
+            cond = condition(chosen, config.task, facts["clip"]).to(device)
+            noise = torch.stack([torch.randn(3, *chosen.shape[1:], generator=generator(config.seed, "pair", start + i)) for i in range(len(chosen))])
+            with autocast(config.machine, device):
+                images = to_bytes(_solve(model, noise.to(device), cond, settings))
+            np.save(part.with_suffix(".part.npy"), images)
+            part.with_suffix(".part.npy").rename(part)
+        parts.append(read_array(part))
+        context.progress(min(start + settings.batch, len(masks)), len(masks), "images")
+    table = pd.read_parquet(masks_dir / "manifest.parquet")
+    table.insert(0, "pair_id", [f"pair{i:06d}" for i in range(len(masks))])
+    table["seed"] = [derive_seed(config.seed, "pair", i) for i in range(len(masks))]
+    table["checkpoint"] = read_json(checkpoint_dir / "config.json")["weights_sha256"]
+    images = np.concatenate(parts)
+    write_pairs(out_dir, Pairs(images, np.asarray(masks), tuple(table["pair_id"]), table))
+    return {"n_images": len(images), "nfe": settings.n_steps * (1 if settings.solver == "euler" else 2),
+            "saturated_fraction": float(((images == 0) | (images == 255)).mean())}
+
+
+@torch.no_grad()
+def _solve(model: nn.Module, noise: Tensor, cond: Tensor, settings: Sample) -> Tensor:
+    return SOLVERS[settings.solver](guided(model, settings.guidance_scale), noise, cond, time_grid(settings.n_steps))
+
+
+def _draw_masks(config: Any, checkpoint_dir: Path, real: np.ndarray, wanted: int, context: Any) -> tuple[np.ndarray, list[int], int]:
+    """``wanted`` accepted masks, the number each was drawn with, and how many were tried."""
+    settings: Sample = config.sample
+    task: Task = config.task
+    kept: list[np.ndarray] = []
+    numbers: list[int] = []
+    if not wanted:
+        return np.empty((0, *real.shape[1:]), np.uint8), numbers, 0
+    device = prepare(config.machine)
+    model, facts = velocity_unet.load(checkpoint_dir)
+    model = model.to(device)
+    shape = (facts["channels"], facts["size"], facts["size"])
+    areas = regions(real, task).mean((2, 3))
+    low, high = np.quantile(areas, [settings.area_quantile, 1 - settings.area_quantile], axis=0)
+    tried = 0
+    while len(kept) < wanted:
+        if tried >= MAX_CANDIDATES * wanted:
+            raise RuntimeError(f"only {len(kept)} of {tried} drawn masks are plausible; train mask_flow longer (mask_flow.training.steps)")
+        batch = range(tried, tried + settings.batch)
+        noise = torch.stack([torch.randn(shape, generator=generator(config.seed, "mask", i)) for i in batch]).to(device)
+        maps = _solve(model, noise, noise.new_zeros(len(noise), 0, *shape[1:]), settings)
+        maps = functional.interpolate(maps, size=real.shape[1:], mode="bilinear", align_corners=False)
+        for number, mask in zip(batch, from_regions(maps.cpu().numpy(), task), strict=True):
+            mask = clean(mask, task)
+            area = regions(mask[None], task).mean((2, 3))[0]
+            if len(kept) < wanted and (area >= low).all() and (area <= high).all() and _nearest_dice(mask, real, task) <= settings.copy_dice:
+                kept.append(mask)
+                numbers.append(number)
+        tried += settings.batch
+        context.progress(len(kept), wanted, "masks")
+    return np.stack(kept), numbers, tried
+
+
+def clean(mask: np.ndarray, task: Task) -> np.ndarray:
+    """Per region fill holes and drop specks below a tenth of the largest component, uint8 [H, W] -> the same."""
+    channels = regions(mask[None], task)[0]
+    tidy = np.zeros_like(channels)
+    for c, region in enumerate(channels):
+        parts, n = label(binary_fill_holes(region))
+        sizes = np.bincount(parts.ravel(), minlength=n + 1)[1:]
+        for part in np.flatnonzero(sizes >= 0.1 * sizes.max(initial=1)) + 1:
+            tidy[c] |= parts == part
+    return from_regions(tidy[None].astype(np.float32), task)[0]
+
+
+def _nearest_dice(mask: np.ndarray, real: np.ndarray, task: Task) -> float:
+    """Largest foreground-region Dice (mean over classes) with any training mask."""
+    a, b = regions(mask[None], task), regions(real, task)
+    total = a.sum((2, 3)) + b.sum((2, 3))
+    return float((2 * (a & b).sum((2, 3)) / np.maximum(total, 1)).mean(1).max())

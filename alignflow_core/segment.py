@@ -1,0 +1,78 @@
+"""Downstream: one segmenter per arm and seed, every arm with the same number of optimiser steps.
+
+| arm | training images |
+|---|---|
+| source | real source pairs |
+| source+colour | the same, strong colour augmentation |
+| stage1, aligned, aligned+filtered | real source pairs and synthetic pairs, ``synthetic_share`` of each batch |
+| reinhard, fourier | real source pairs and the same recoloured after the references |
+| references-labelled | real source pairs and the references with their labels |
+| oracle | the target's own labelled training split |
+
+Models are chosen on **source** validation, the oracle on the target's: nobody else may look at target labels.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from alignflow_core.colour_transfer import fourier, reinhard
+from alignflow_core.config import SHARED_ARMS, TARGET_ARMS, Segment, Task
+from alignflow_core.networks.segmenters import save_segmenter
+from alignflow_core.pairs import Pairs, read_pairs
+from alignflow_core.seeding import derive_seed
+from alignflow_core.segmenter_fit import Diet, fit
+
+
+def run_source(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
+    """Train the arms that see no target."""
+    settings: Segment = config.segment
+    source = read_pairs(inputs["data:source"], "train")
+    diets = {"source": lambda: Diet(source), "source+colour": lambda: Diet(source, colour=settings.colour_strength),
+             "stage1": lambda: Diet(source, read_pairs(inputs["sample_stage1"]), settings.synthetic_share)}
+    chosen = [arm for arm in SHARED_ARMS if arm in settings.arms]
+    return _fit_arms(config, {arm: diets[arm]() for arm in chosen}, {}, read_pairs(inputs["data:source"], "val"), out_dir, context)
+
+
+def run_target(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
+    """Train the arms that use the target's references, and the oracle."""
+    settings: Segment = config.segment
+    source = read_pairs(inputs["data:source"], "train")
+    references = read_pairs(inputs["references"])
+    aligned = read_pairs(inputs["sample_aligned"])
+    kept = pd.read_parquet(inputs["filter"] / "manifest.parquet")["kept"].to_numpy()
+    share = settings.synthetic_share
+
+    def recoloured(method: str) -> Pairs:
+        draw = np.random.Generator(np.random.PCG64(derive_seed(config.seed, "segment", method, context.key)))
+        partner = references.images[draw.integers(len(references), size=len(source))]
+        images = reinhard(source.images, partner) if method == "reinhard" else fourier(source.images, partner, settings.fourier_beta)
+        return Pairs(images, source.masks, source.ids, source.table)
+
+    diets = {"reinhard": lambda: Diet(source, recoloured("reinhard"), share), "fourier": lambda: Diet(source, recoloured("fourier"), share),
+             "aligned": lambda: Diet(source, aligned, share), "aligned+filtered": lambda: Diet(source, aligned.select(kept), share),
+             "references-labelled": lambda: Diet(source, references, share), "oracle": lambda: Diet(read_pairs(inputs["data:target"], "train"))}
+    # Without labels of its own a reference set has no labelled arm; the tables then lack that row.
+    chosen = [arm for arm in TARGET_ARMS if arm in settings.arms and (arm != "references-labelled" or references.masks is not None)]
+    return _fit_arms(config, {arm: diets[arm]() for arm in chosen}, {"oracle": read_pairs(inputs["data:target"], "val")},
+                     read_pairs(inputs["data:source"], "val"), out_dir, context)
+
+
+def _fit_arms(config: Any, diets: dict[str, Diet], own_validation: dict[str, Pairs], validation: Pairs, out_dir: Path, context: Any) -> dict[str, float]:
+    """Fit every (arm, seed), resuming after the last finished one, and write ``segmenters.parquet``."""
+    settings: Segment = config.segment
+    task: Task = config.task
+    rows = []
+    for arm, diet in diets.items():
+        for seed in range(settings.seeds):
+            folder = f"{arm}/seed{seed}"
+            # Seeds leave out the target's name: arms of two targets start from equal weights.
+            weights, dice = fit(diet, own_validation.get(arm, validation), task, settings, settings.training, config.machine,
+                                (config.seed, "segment", arm, seed), context.work_dir / f"{arm}.{seed}.safetensors", context)
+            save_segmenter(out_dir / folder, weights, len(task.classes), settings.channels, task, arm=arm, val_dice=dice)
+            rows.append((arm, seed, folder, dice, settings.training.steps, len(diet.main), 0 if diet.added is None else len(diet.added)))
+    table = pd.DataFrame(rows, columns=["arm", "segmenter_seed", "folder", "val_dice", "steps", "n_real", "n_synthetic"])
+    table.to_parquet(out_dir / "segmenters.parquet", index=False)
+    return {f"val_dice/{arm.replace('+', '_plus_')}": float(dice) for arm, dice in table.groupby("arm")["val_dice"].mean().items()}

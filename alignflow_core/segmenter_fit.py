@@ -1,0 +1,72 @@
+"""Fit one segmenter: the same steps for every arm, the model chosen on a validation set."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alignflow_core.config import Machine, Segment, Task, Training
+from alignflow_core.devices import prepare
+from alignflow_core.flow.ema import Ema
+from alignflow_core.flow.train import train
+from alignflow_core.networks.segmenters import build_segmenter, mean_dice, predict, training_step
+from alignflow_core.pairs import Pairs
+from alignflow_core.seeding import derive_seed, generator
+
+
+@dataclass(frozen=True)
+class Diet:
+    """What a segmenter is fed: ``main`` pairs, and ``added`` pairs that make up ``share`` of each batch; ``colour`` jitter strength."""
+
+    main: Pairs
+    added: Pairs | None = None
+    share: float = 0.5
+    colour: float = 0.0
+
+
+def fit(diet: Diet, validation: Pairs | None, task: Task, segment: Segment, training: Training, machine: Machine, names: tuple[object, ...],
+        state_file: Path, context: Any) -> tuple[dict[str, Tensor], float]:
+    """Train a segmenter; returns the averaged weights of the best validation Dice, and that Dice.
+
+    Args:
+        validation: looked at every ``segment.check_every`` steps; ``None`` takes the last weights (Dice is then NaN).
+        names: seed path of this run, for instance ``(seed, "segment", arm, 0)``.
+        state_file: resumable state.
+    """
+    device = prepare(machine)
+    model = build_segmenter(len(task.classes), segment.channels, derive_seed(*names, "weights")).to(device)
+    averaged = build_segmenter(len(task.classes), segment.channels, 0).to(device)
+    n_added = round(diet.share * training.batch) if diet.added is not None else 0
+
+    def batch(i: int) -> tuple[np.ndarray, np.ndarray]:
+        draw = np.random.Generator(np.random.PCG64(derive_seed(*names, "rows", i)))
+        rows = draw.integers(len(diet.main), size=training.batch - n_added)
+        images, masks = diet.main.images[rows], diet.main.labels[rows]
+        if diet.added is None:
+            return images, masks
+        rows = draw.integers(len(diet.added), size=n_added)
+        return np.concatenate([images, diet.added.images[rows]]), np.concatenate([masks, diet.added.labels[rows]])
+
+    state = {"best_dice": torch.tensor([-1.0])} | {f"best:{name}": value.clone() for name, value in model.state_dict().items()}
+
+    def on_step(done: int, ema: Ema) -> bool:
+        if validation is None or (done % segment.check_every and done != training.steps):
+            return False
+        averaged.load_state_dict(ema.shadow)
+        dice = float(mean_dice(predict(averaged, validation.images, task, device), validation.labels, task).mean())
+        if dice >= float(state["best_dice"]):
+            state["best_dice"] = torch.tensor([dice])
+            state.update({f"best:{name}": value.clone() for name, value in ema.shadow.items()})
+        return False
+
+    model.train()
+    step = training_step(model, task, batch, lambda i: generator(*names, "augment", i), device, diet.colour)
+    label = "/".join(map(str, names[2:]))
+    ema = train(model, step, training, state_file, lambda m, i: context.log({f"{label}/{k}": v for k, v in m.items()}, i),
+                lambda done, total, note: context.progress(done, total, f"{label} {note}"), on_step, state)
+    if validation is None:
+        return ema.shadow, float("nan")
+    return {name.removeprefix("best:"): value for name, value in state.items() if name.startswith("best:")}, float(state["best_dice"])
