@@ -1,0 +1,43 @@
+# make setup | demo | test | nightly | lint | lock
+
+SHELL := /bin/bash
+BIN := .venv/bin
+STAMP := .venv/.ready
+TORCH := torch==2.13.0
+
+export MLFLOW_DISABLE_TELEMETRY := true
+export DAGSTER_DISABLE_TELEMETRY := 1
+export DVC_NO_ANALYTICS := 1
+
+# The CUDA packages of a Linux torch: left out of the lock, since which of them are wanted depends on the build of torch.
+CUDA := bindings pathfinder toolkit
+NVIDIA := cublas cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx
+OUTSIDE_LOCK := torch triton $(CUDA:%=cuda-%) $(NVIDIA:%=nvidia-%)
+
+.PHONY: setup demo test nightly lint lock
+
+setup: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml Makefile .ci/setup
+	@.ci/setup '$(TORCH)'
+	@touch $@
+
+demo: setup
+	@$(BIN)/alignflow demo
+
+test: setup lint
+	@$(BIN)/python -m pytest -n 2
+
+nightly: setup
+	@$(BIN)/python -m pytest -n 2 -m nightly
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy alignflow_core pipelines
+
+# Universal (every platform and Python >= 3.11), with the hashes of every file of a release, naming no index; torch is pinned above.
+# Extra indexes and find-links are left out: they may know only some of a release's files.
+lock: setup
+	@. .ci/pip-settings && env -u UV_INDEX -u UV_FIND_LINKS $(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --upgrade \
+		--no-emit-index-url --no-emit-find-links --constraints <(echo '$(TORCH)') $(OUTSIDE_LOCK:%=--no-emit-package %) \
+		--no-annotate --custom-compile-command 'make lock' --quiet --output-file requirements.lock
