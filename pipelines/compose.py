@@ -1,0 +1,120 @@
+"""Hydra groups -> ``params.yaml``: the only place that knows Hydra, called once in a command."""
+
+import dataclasses
+import os
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alignflow_core.config import build_project, nearest
+from alignflow_core.errors import InputError
+
+CONF_DIR = Path(__file__).parent / "conf"
+GROUPS = ("profile", "task", "reward", "encoder")
+TARGET_DEFAULTS = ("align", "references")  # top-level sections that every target starts from
+
+
+def options(group: str) -> tuple[str, ...]:
+    """Names a group can take: ``options("task") == ("binary", "labels", "phantom", "refuge")``."""
+    return tuple(sorted(file.stem for file in (CONF_DIR / group).glob("*.yaml")))
+
+
+def compose(overrides: Sequence[str] = (), layout: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The configuration of a whole project as plain data, validated and with every default filled in.
+
+    Args:
+        overrides: ``group=name`` (profile=cpu) or ``dotted.key=value`` (align.rho=2, targets.dim.references.count=5,
+            targets.dim=null leaves that target out).
+        layout: ``source``, ``domains`` and ``targets`` of a project of one's own, beneath the overrides.
+
+    Raises:
+        InputError: unknown key, group, name or value, with the nearest valid one.
+    """
+    raw = _hydra(_normalised(overrides))
+    given = {name: target for name, target in raw.pop("targets", {}).items() if target is not None}
+    if layout:
+        raw = merged(layout, raw)
+        given = merged(layout["targets"], given)
+    elif "source" not in raw:
+        raise InputError("configuration: this task brings no data of its own; use 'alignflow run' with your folders, or add "
+                         "source=NAME domains.NAME.dir=DIR for each domain and targets.NAME.domain=NAME for each target")
+    defaults = {section: raw.pop(section, {}) for section in TARGET_DEFAULTS}
+    raw["targets"] = {name: merged(defaults, target) if isinstance(target, dict) else target for name, target in given.items()}
+    used = {raw.get("source")} | {target.get("domain") for target in raw["targets"].values() if isinstance(target, dict)}
+    raw["domains"] = {name: domain for name, domain in raw.get("domains", {}).items() if name in used}
+    try:
+        project = build_project(raw, "configuration")
+    except InputError as error:
+        raise InputError(*_once(error.problems, tuple(raw["targets"]))) from None
+    return _plain(dataclasses.asdict(project))
+
+
+def render(params: dict[str, Any], overrides: Sequence[str] = ()) -> str:
+    """The text of ``params.yaml``; its first line says what it was composed from."""
+    return f"# Composed by alignflow from pipelines/conf; overrides: {shlex.join(overrides) or 'none'}\n" + yaml.safe_dump(params, sort_keys=False, default_flow_style=None, width=150, allow_unicode=True)
+
+
+def write_params(file: Path, overrides: Sequence[str] = (), layout: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Compose, then write ``params.yaml`` by rename; nothing is written when the configuration is wrong."""
+    params = compose(overrides, layout)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part{os.getpid()}")
+    part.write_text(render(params, overrides), encoding="utf-8")
+    part.replace(file)
+    return params
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``base``, section by section; neither is changed."""
+    both = {key: merged(base[key], over[key]) for key in base.keys() & over.keys() if isinstance(base[key], dict) and isinstance(over[key], dict)}
+    return base | over | both
+
+
+def _normalised(overrides: Iterable[str]) -> list[str]:
+    """Overrides in Hydra's grammar, where a value that no file mentions needs ``++``; unknown names are left to the validation."""
+    problems, found = [], []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_][\w.@+-]*", key):
+            problems.append(f"'{override}': not key=value; write for instance profile=cpu or align.rho=2")
+        elif key in GROUPS and value not in options(key):
+            problems.append(f"{override}: unknown {key} '{value}'{nearest(value, options(key))}")
+        else:
+            found.append(override if key in GROUPS else f"++{override}")
+    if problems:
+        raise InputError(*problems)
+    return found
+
+
+def _hydra(overrides: list[str]) -> dict[str, Any]:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(CONF_DIR)):
+            plain = OmegaConf.to_container(hydra_compose("config", overrides), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).replace("++", "").partition("See https")[0].split())
+        raise InputError(f"configuration: {reason}; quote values with special characters: \"key='value'\"") from error
+    return {str(key): value for key, value in dict(plain).items()}  # type: ignore[call-overload, union-attr]
+
+
+def _once(problems: Sequence[str], targets: tuple[str, ...]) -> list[str]:
+    """A problem that every target has stems from a default section: say it once, of that section."""
+    pattern = re.compile(rf"targets\.(?:{'|'.join(map(re.escape, targets))})\.({'|'.join(TARGET_DEFAULTS)})\b")
+    general = [pattern.sub(r"\1", problem) for problem in problems]
+    return list(dict.fromkeys(g if general.count(g) == len(targets) else p for p, g in zip(problems, general, strict=True)))
+
+
+def _plain(value: Any) -> Any:
+    """Tuples to lists, as YAML reads them back."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
