@@ -43,9 +43,10 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     gap = gap_closed(table)
     gap.to_parquet(out_dir / "gap.parquet", index=False)
     dice = table[(table["metric"] == "dice") & table["difference"].notna()]
-    numbers = {f"difference_{row.target}_{row.arm}_{row.baseline}": row.difference for row in dice.itertuples()}
-    numbers |= {f"gap_closed_{row.target}_{row.arm}": row.gap_closed for row in gap[gap["metric"] == "dice"].itertuples()}
-    return {name.replace("+", "_plus_"): float(value) for name, value in numbers.items()}
+    numbers = {f"difference_{row['target']}_{row['arm']}_{row['baseline']}": row["difference"] for row in dice.to_dict("records")}
+    numbers |= {f"gap_closed_{row['target']}_{row['arm']}": row["gap_closed"] for row in gap[gap["metric"] == "dice"].to_dict("records")}
+    numbers = {name.replace("+", "_plus_"): float(value) for name, value in numbers.items() if np.isfinite(value)}
+    return numbers | {"interval_level": config.evaluate.level}
 
 
 def compare(values: pd.DataFrame, settings: SimpleNamespace, seed: int) -> pd.DataFrame:
@@ -60,10 +61,10 @@ def compare(values: pd.DataFrame, settings: SimpleNamespace, seed: int) -> pd.Da
     """
     if not set(settings.baselines) & set(values["arm"]):
         raise InputError(f"evaluate.baselines: none of {', '.join(settings.baselines)} was trained; add one to segment.arms")
-    averaged = values.groupby(["target", "metric", "case_id", "group", "arm"], sort=False)["value"].mean()  # over classes and seeds
     frames = []
-    for (target, metric), part in averaged.groupby(level=["target", "metric"], sort=False):
-        images = part.droplevel(["target", "metric"]).unstack("arm").sort_index()
+    for target, metric in _distinct(values, "target", "metric"):
+        part = values[(values["target"] == target) & (values["metric"] == metric)]
+        images = part.pivot_table(index=["group", "case_id"], columns="arm", values="value", aggfunc="mean")  # over classes and seeds
         units = group_means(images.to_numpy(), images.index.get_level_values("group").to_numpy())
         arms = {arm: units[:, images.columns.get_loc(arm)] for arm in ARMS if arm in images.columns}
         rng = np.random.Generator(np.random.PCG64(derive_seed(seed, "compare", target, metric)))
@@ -93,13 +94,17 @@ def gap_closed(table: pd.DataFrame) -> pd.DataFrame:
 
     Errors are counted downwards, so that the share reads the same.
     """
-    means = table.drop_duplicates(["target", "metric", "arm"]).set_index(["target", "metric", "arm"])["mean"]
     rows = []
-    for (target, metric), part in means.groupby(level=["target", "metric"], sort=False):
-        arms = part.droplevel(["target", "metric"])
+    for target, metric in _distinct(table, "target", "metric"):
+        arms = table[(table["target"] == target) & (table["metric"] == metric)].drop_duplicates("arm").set_index("arm")["mean"]
         if not {"source", "oracle"} <= set(arms.index):
             continue
         better = arms * (-1 if metric in ERRORS else 1)
         gap = better["oracle"] - better["source"]
         rows += [(target, arm, metric, (value - better["source"]) / gap if gap > 0 else np.nan) for arm, value in better.items()]
     return pd.DataFrame(rows, columns=["target", "arm", "metric", "gap_closed"])
+
+
+def _distinct(table: pd.DataFrame, *columns: str) -> list[tuple[str, ...]]:
+    """Distinct value tuples in order of appearance."""
+    return list(dict.fromkeys(zip(*(table[column] for column in columns), strict=True)))

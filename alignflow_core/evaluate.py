@@ -60,11 +60,12 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     features.to_parquet(out_dir / "features.parquet", index=False)
     copies, copy_numbers = _copies(data, config.evaluate.copy_quantile)
     copies.to_parquet(out_dir / "copying.parquet", index=False)
-    means = table.groupby(["metric", "arm"])["value"].mean()
-    numbers = {f"{metric}_{metric_name(arm)}": float(value) for (metric, arm), value in means.items()}
+    means = table.groupby(["metric", "arm"])["value"].mean().reset_index()
+    numbers = {f"{row['metric']}_{metric_name(row['arm'])}": float(row["value"]) for row in means.to_dict("records")}
     kid = distances[distances["metric"] == "kid"]
     numbers |= {f"kid_{metric_name(name)}": float(value) for name, value in zip(kid["set"], kid["value"], strict=True)}
-    return numbers | copy_numbers | _obedience(config.task, inputs["segment_source"], data, device)
+    numbers |= copy_numbers | _obedience(config.task, inputs["segment_source"], data, device)
+    return {name: value for name, value in numbers.items() if np.isfinite(value)}
 
 
 def metric_name(arm: str) -> str:
@@ -74,14 +75,14 @@ def metric_name(arm: str) -> str:
 
 def _arm_table(config: SimpleNamespace, inputs: Mapping[str, Path], test: Pairs, target: str, device: torch.device, context: Context) -> pd.DataFrame:
     """One row per test image, class, metric, arm and segmenter seed."""
-    rows = pd.concat([pd.read_parquet(inputs[stage] / "segmenters.parquet").assign(root=inputs[stage])
-                      for stage in ("segment_source", "segment_target")], ignore_index=True)
+    rows = [row | {"root": inputs[stage]} for stage in ("segment_source", "segment_target")
+            for row in pd.read_parquet(inputs[stage] / "segmenters.parquet").to_dict("records")]
     frames = []
-    for done, row in enumerate(rows.itertuples(), start=1):
-        predicted = predict(load_segmenter(row.root / row.folder, device), test.images, config.task, device)
+    for done, row in enumerate(rows, start=1):
+        predicted = predict(load_segmenter(row["root"] / row["folder"], device), test.images, config.task, device)
         frame = _image_table(predicted, test, config.task)
-        frames.append(frame.assign(target=target, arm=row.arm, generator_seed=config.seed, segmenter_seed=row.segmenter_seed))
-        context.progress(done, len(rows), str(row.arm))
+        frames.append(frame.assign(target=target, arm=row["arm"], generator_seed=config.seed, segmenter_seed=row["segmenter_seed"]))
+        context.progress(done, len(rows), row["arm"])
     columns = ["target", "arm", "generator_seed", "segmenter_seed", "case_id", "group", "class", "metric", "value"]
     return pd.concat(frames, ignore_index=True)[columns]
 
@@ -149,7 +150,8 @@ def _copies(data: Measured, quantile: float) -> tuple[pd.DataFrame, dict[str, fl
     """
     train = (data.source.table["split"] == "train").to_numpy()
     banks = {"references": (data.references, data.test), "source": (data.source.select(train), data.source.select(~train))}
-    frames, numbers = [], {}
+    frames: list[pd.DataFrame] = []
+    numbers: dict[str, float] = {}
     for name, (bank, held_out) in banks.items():
         groups = held_out.table["group"].astype(str).to_numpy()
         check = copy_check(data.aligned.images, bank.images, held_out.images, groups, quantile)

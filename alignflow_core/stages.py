@@ -171,6 +171,9 @@ def source_files(stage_name: str) -> tuple[str, ...]:
         if name in found or module in PLUMBING or not path.exists():
             return
         found.add(name)
+        template = path.with_name(f"{path.stem}_template.html")  # a page's words and layout count as its code
+        if template.exists():
+            found.add(template.relative_to(PACKAGE_DIR).as_posix())
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 imported = [alias.name for alias in node.names]

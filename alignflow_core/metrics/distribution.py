@@ -29,7 +29,7 @@ def frechet(x: Features, y: Features) -> float:
 def _factor(x: Features) -> np.ndarray:
     """A with A^T A = covariance of x; at most D rows."""
     centred = (x - x.mean(0)) / np.sqrt(len(x) - 1)
-    return np.linalg.qr(centred, mode="r") if len(x) > x.shape[1] else centred
+    return np.asarray(np.linalg.qr(centred, mode="r")) if len(x) > x.shape[1] else centred
 
 
 def kernel_distance(x: Features, y: Features) -> tuple[float, float]:

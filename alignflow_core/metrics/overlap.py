@@ -50,8 +50,7 @@ def vertical_ratio(masks: np.ndarray, task: Task) -> np.ndarray:
 
     No cup gives 0, no disc NaN.
     """
-    inside = regions(masks, task)
-    rows = inside.any(axis=3)
+    rows = np.asarray(regions(masks, task).any(axis=3))
     height = np.where(rows.any(2), rows.shape[2] - rows[:, :, ::-1].argmax(2) - rows.argmax(2), 0).astype(np.float64)
     return np.divide(height[:, 1], height[:, 0], out=np.full(len(masks), np.nan), where=height[:, 0] > 0)
 

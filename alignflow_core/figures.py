@@ -1,0 +1,187 @@
+"""Figures of the report as data URIs: one style, one colour per arm and per image set, everywhere."""
+
+import base64
+import io
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from PIL import Image
+from scipy.ndimage import binary_dilation, binary_erosion
+
+from alignflow_core.config import Task
+from alignflow_core.masks import regions
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+# After Okabe and Ito: told apart with any colour vision, and in print by their order and labels.
+ARM_COLOURS = {
+    "source": "#6b7280", "source+colour": "#9aa1ac", "reinhard": "#cc79a7", "fourier": "#8f5fae", "stage1": "#d98e04",
+    "aligned": "#4aa3df", "aligned+filtered": "#00589c", "references-labelled": "#00906a", "oracle": "#1f2328",
+}
+SETS = {  # colour, marker, size, opacity
+    "source": ("#9aa1ac", "o", 9, 0.7), "target test": ("#00906a", "o", 13, 0.75), "stage1": ("#d98e04", "^", 13, 0.75),
+    "aligned": ("#00589c", "s", 11, 0.75), "references": ("#c8102e", "*", 110, 1.0),
+}
+CLASS_COLOURS = ("#ffffff", "#00e0ff", "#ff6ad5", "#ffd400", "#7cff6b")
+FILL = ("#eef2f7", "#93b4d8", "#1d4f8f", "#5b2a86", "#0b6e4f", "#8a5a00")
+TILE, GAP = 132, 6
+STYLE: Any = {
+    "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelcolor": "#3b4350",
+    "axes.edgecolor": "#b9c0ca", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e7eaef",
+    "axes.axisbelow": True, "xtick.color": "#3b4350", "ytick.color": "#3b4350", "legend.frameon": False, "legend.fontsize": 8.5,
+    "figure.facecolor": "white", "svg.hashsalt": "alignflow", "savefig.bbox": "tight", "savefig.pad_inches": 0.05,
+}
+
+
+def forest(table: pd.DataFrame, targets: list[str], label: str) -> str:
+    """Mean and interval of every arm, one panel per target.
+
+    Args:
+        table: rows of one metric of comparison.parquet, one per target and arm.
+        label: of the value axis.
+    """
+    arms = [arm for arm in ARM_COLOURS if arm in set(table["arm"])][::-1]
+    columns = min(3, len(targets))
+    rows = -(-len(targets) // columns)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(rows, columns, figsize=(9.6, rows * (0.29 * len(arms) + 0.85)), sharey=True, squeeze=False)
+        for axis, target in zip(axes.flat, targets, strict=False):
+            part = {row["arm"]: row for row in table[table["target"] == target].to_dict("records")}
+            for y, arm in enumerate(arms):
+                if arm not in part:
+                    continue
+                mean, low, high = (part[arm][name] for name in ("mean", "ci_low", "ci_high"))
+                axis.plot([low, high], [y, y], color=ARM_COLOURS[arm], lw=2.6, solid_capstyle="round")
+                axis.plot(mean, y, "o", color=ARM_COLOURS[arm], ms=6.5, mec="white", mew=0.8)
+                axis.annotate(f"{mean:.3f}", (mean, y), (0, 6.5), textcoords="offset points", ha="center", fontsize=7.5, color="#3b4350")
+            axis.set(title=target, yticks=range(len(arms)), yticklabels=arms, ylim=(-0.6, len(arms) - 0.25))
+            axis.margins(x=0.08)
+            axis.grid(axis="y", visible=False)
+            axis.tick_params(axis="y", length=0)
+        for axis in axes[-1]:
+            axis.set_xlabel(label)
+        for axis in list(axes.flat)[len(targets):]:
+            axis.set_visible(False)
+        figure.tight_layout(w_pad=1.5)
+        return _svg(figure)
+
+
+def feature_map(features: pd.DataFrame) -> str:
+    """t-SNE (van der Maaten and Hinton 2008; PCA start, fixed seed) of the measuring descriptors, coloured by set."""
+    from sklearn.manifold import TSNE
+
+    vectors = features.drop(columns=["set", "id"]).to_numpy(np.float64)
+    perplexity = min(30.0, (len(vectors) - 1) / 3)
+    points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(vectors.clip(-8, 8))
+    with plt.rc_context(STYLE | {"axes.grid": False}):
+        figure, axis = plt.subplots(figsize=(4.7, 4.1))
+        for name, (colour, marker, size, alpha) in SETS.items():
+            chosen = (features["set"] == name).to_numpy()
+            axis.scatter(points[chosen, 0], points[chosen, 1], s=size, c=colour, marker=marker, alpha=alpha, label=f"{name} ({chosen.sum()})",
+                         edgecolors="white", linewidths=0.8 if name == "references" else 0.25, zorder=2)
+        axis.set(xticks=[], yticks=[])
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=3, handletextpad=0.2, columnspacing=1.0)
+        return _svg(figure)
+
+
+def gates(table: pd.DataFrame) -> str:
+    """Reward on aligned and held-out references above, the ratios that must not fall or blow up below, over the steps of stage 2."""
+    with plt.rc_context(STYLE):
+        figure, (upper, lower) = plt.subplots(2, 1, figsize=(4.7, 4.1), sharex=True)
+        if "reward" in table:
+            upper.plot(table["step"], table["reward"], color="#4aa3df", label="references aligned to")
+        upper.plot(table["step"], table["held_out_reward"], color="#00589c", lw=2, label="references held out")
+        upper.set(ylabel="reward")
+        for name, colour in (("diversity_ratio", "#00906a"), ("velocity_ratio", "#d98e04"), ("mask_agreement", "#8f5fae")):
+            if name in table:
+                lower.plot(table["step"], table[name], color=colour, label=name.replace("_", " "))
+        lower.axhline(1, color="#b9c0ca", lw=0.8)
+        lower.set(xlabel="step", ylabel="ratio to stage 1")
+        for axis in (upper, lower):
+            for step in table.loc[table["best"], "step"]:
+                axis.axvline(step, color="#1f2328", lw=1, ls=":", label="kept" if axis is upper else None)
+            axis.legend(loc="best")
+        figure.tight_layout()
+        return _svg(figure)
+
+
+def losses(curves: dict[str, pd.DataFrame]) -> str:
+    """Training losses over steps, one panel per network; thin: as logged, thick: running mean.
+
+    Args:
+        curves: title -> rows (step, value).
+    """
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(rows, columns, figsize=(9.6, 2.1 * rows), squeeze=False)
+        for axis, (title, curve) in zip(axes.flat, curves.items(), strict=False):
+            smooth = curve["value"].rolling(max(1, len(curve) // 15), min_periods=1, center=True).mean()
+            axis.plot(curve["step"], curve["value"], color="#c3d3e6", lw=0.8)
+            axis.plot(curve["step"], smooth, color="#00589c", lw=1.6)
+            axis.set(title=title, xlabel="step", ylabel="loss")
+        for axis in list(axes.flat)[len(curves):]:
+            axis.set_visible(False)
+        figure.tight_layout()
+        return _svg(figure)
+
+
+def mask_strip(masks: np.ndarray, task: Task) -> str:
+    """A row of masks in flat colours, uint8 [N, H, W]."""
+    palette = np.array([_rgb(colour) for colour in FILL], np.uint8)
+    labels = np.minimum(masks, len(FILL) - 1)
+    return _strip([_enlarge(palette[each], Image.Resampling.NEAREST) for each in labels], np.ones(len(masks), bool))
+
+
+def image_strip(images: np.ndarray, masks: np.ndarray | None, task: Task, accepted: np.ndarray | None = None) -> str:
+    """A row of images, uint8 [N, H, W, 3], with the outlines of their masks; tiles that are not accepted get a red frame."""
+    tiles = [_enlarge(np.asarray(image), Image.Resampling.BICUBIC) for image in images]
+    if masks is not None:
+        tiles = [_outlined(tile, mask, task) for tile, mask in zip(tiles, masks, strict=True)]
+    return _strip(tiles, np.ones(len(images), bool) if accepted is None else accepted)
+
+
+def _outlined(tile: np.ndarray, mask: np.ndarray, task: Task) -> np.ndarray:
+    """Draw each region's outline, light on a dark casing, so that it shows on any tissue."""
+    large = _enlarge(np.asarray(mask), Image.Resampling.NEAREST)
+    for number, region in enumerate(regions(large[None], task)[0]):
+        line = region & ~binary_erosion(region, iterations=2)
+        tile[binary_dilation(line) & ~line] = tile[binary_dilation(line) & ~line] // 3
+        tile[line] = _rgb(CLASS_COLOURS[number % len(CLASS_COLOURS)])
+    return tile
+
+
+def _strip(tiles: list[np.ndarray], accepted: np.ndarray) -> str:
+    """Tiles [TILE, TILE, 3] side by side on white, as a JPEG data URI."""
+    sheet = np.full((TILE, len(tiles) * (TILE + GAP) - GAP, 3), 255, np.uint8)
+    for i, tile in enumerate(tiles):
+        if not accepted[i]:
+            for edge in (np.s_[:4], np.s_[-4:], np.s_[:, :4], np.s_[:, -4:]):
+                tile[edge] = _rgb("#c8102e")
+        sheet[:, i * (TILE + GAP):i * (TILE + GAP) + TILE] = tile
+    stream = io.BytesIO()
+    Image.fromarray(sheet).save(stream, "JPEG", quality=90, subsampling=0)
+    return _uri("image/jpeg", stream.getvalue())
+
+
+def _enlarge(array: np.ndarray, how: Image.Resampling) -> np.ndarray:
+    return np.array(Image.fromarray(np.ascontiguousarray(array)).resize((TILE, TILE), how))
+
+
+def _rgb(colour: str) -> tuple[int, int, int]:
+    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+
+
+def _svg(figure: Figure) -> str:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return _uri("image/svg+xml", stream.getvalue())
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

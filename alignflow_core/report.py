@@ -1,0 +1,235 @@
+"""Tables and figures on one self-contained page that opens anywhere, prints well and asks nothing of the network.
+
+Shows opaque case ids only. The page's words and layout are ``report_template.html``; its figures are ``figures.py``.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from scipy.stats import binom
+
+from alignflow_core import figures
+from alignflow_core.artifact import read_json
+from alignflow_core.config import ARMS, Task
+from alignflow_core.masks import regions
+from alignflow_core.pairs import Pairs, read_pairs
+from alignflow_core.runner import Context
+
+ARM_WORDS = {
+    "source": "Real source images only",
+    "source+colour": "… with strong colour augmentation",
+    "reinhard": "… recoloured after the references (Reinhard)",
+    "fourier": "… restyled after the references (Fourier)",
+    "stage1": "Source + synthetic images of stage 1",
+    "aligned": "Source + synthetic images, aligned",
+    "aligned+filtered": "Source + synthetic images, aligned and filtered",
+    "references-labelled": "Source + the references with their labels",
+    "oracle": "Trained on the target's own labels (upper bound)",
+}
+METRIC_WORDS = {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (px)", "cdr_error": "CDR error"}
+DISTANCE_METRICS = ("kid", "fid", "precision", "recall", "density", "coverage", "diversity")
+OBEY_BAR = 0.85
+
+
+def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, context: Context) -> dict[str, float]:
+    """Write ``index.html``."""
+    targets = [name.partition(":")[2] for name in inputs if name.startswith("evaluate:")]
+    source = read_pairs(inputs["data:source"])
+    comparison = pd.read_parquet(inputs["compare"] / "comparison.parquet")
+    gap = pd.read_parquet(inputs["compare"] / "gap.parquet")
+    level = read_json(inputs["compare"] / "metrics.json")["interval_level"]
+    metrics = [metric for metric in METRIC_WORDS if metric in set(comparison["metric"])]
+    lineage = _lineage(inputs, context.root)
+    once = comparison.drop_duplicates(["target", "arm", "metric"])
+    sections = []
+    for done, target in enumerate(targets, start=1):
+        sections.append(_target(target, config, inputs, source, comparison, gap))
+        context.progress(done, len(targets), target)
+    page = _environment().get_template("report_template.html").render(
+        targets=sections, level=f"{100 * level:g} %", metrics=[(m, METRIC_WORDS[m]) for m in metrics],
+        arm_words=ARM_WORDS, arm_colours=figures.ARM_COLOURS,
+        baselines=list(dict.fromkeys(comparison["baseline"])), task=config.task, source=_split_counts(source), size=source.images.shape[1],
+        forest=figures.forest(once[once["metric"] == "dice"], targets, "Dice, mean over held-out test images"),
+        classes=_per_class(pd.read_parquet(inputs["compare"] / "per_class.parquet"), targets, metrics) if len(config.task.classes) > 1 else [],
+        losses=_losses(inputs, targets), lineage=lineage, run=_what_ran(lineage), obey_bar=OBEY_BAR,
+        distance_metrics=DISTANCE_METRICS,
+    )
+    (out_dir / "index.html").write_text(page, encoding="utf-8")
+    return {"bytes": float(len(page.encode())), "targets": float(len(targets))}
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+                                     trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"num": _number, "signed": _signed, "p": _p_value, "pct": "{:.0%}".format}
+    return environment
+
+
+def _number(value: float, digits: int = 3, sign: str = "") -> str:
+    """Fixed digits, a real minus sign, a dash for what is unknown."""
+    return "–" if pd.isna(value) else f"{value:{sign}.{digits}f}".replace("-", "−")
+
+
+def _signed(value: float, digits: int = 3) -> str:
+    return _number(value, digits, "+")
+
+
+def _p_value(value: float) -> str:
+    return "–" if pd.isna(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _target(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], source: Pairs,
+            comparison: pd.DataFrame, gap: pd.DataFrame) -> dict[str, Any]:
+    """Everything the page says about one target."""
+    folder = inputs[f"evaluate:{target}"]
+    values = pd.read_parquet(folder / "metrics.parquet")
+    references = read_pairs(inputs[f"references:{target}"])
+    pairs = pd.read_parquet(inputs[f"filter:{target}"] / "manifest.parquet")
+    table = comparison[comparison["target"] == target]
+    own_gap = gap[(gap["target"] == target) & (gap["metric"] == "dice")]
+    shares = dict(zip(own_gap["arm"], own_gap["gap_closed"], strict=True))
+    copies = _copy_summary(pd.read_parquet(folder / "copying.parquet"), read_json(folder / "metrics.json"))
+    facts = {
+        "name": target, "n_test": values["case_id"].nunique(), "n_groups": values["group"].nunique(), "n_seeds": values["segmenter_seed"].nunique(),
+        "n_references": len(references), "n_held_out": int((references.table["role"] == "held_out").sum()),
+        "n_pairs": len(pairs), "n_kept": int(pairs["kept"].sum()),
+        "reasons": pairs.loc[~pairs["kept"], "reason"].value_counts().to_dict(),
+    }
+    return facts | {
+        "headline": _headline(table, shares, facts), "copies": copies, "rows": _rows(table, shares),
+        "obey": {k: v for k, v in read_json(folder / "metrics.json").items() if k.startswith("obey_")},
+        "distances": _distance_rows(pd.read_parquet(folder / "distances.parquet")),
+        "grid": _grid(target, config, inputs, source, references, pairs["kept"].to_numpy(bool)),
+        "map": figures.feature_map(pd.read_parquet(folder / "features.parquet")),
+        "gates": figures.gates(pd.read_parquet(inputs[f"align:{target}"] / "gates.parquet")),
+        "align": read_json(inputs[f"align:{target}"] / "metrics.json"),
+    }
+
+
+def _rows(table: pd.DataFrame, shares: dict[str, float]) -> list[dict[str, Any]]:
+    """One row per arm: its means with intervals by metric, its Dice differences by baseline."""
+    rows = []
+    for arm in (arm for arm in ARMS if arm in set(table["arm"])):
+        part = table[table["arm"] == arm]
+        means = part.drop_duplicates("metric").set_index("metric")[["mean", "ci_low", "ci_high"]].to_dict("index")
+        dice = part[part["metric"] == "dice"].set_index("baseline").to_dict("index")
+        rows.append({"arm": arm, "means": means, "versus": dice, "gap": shares.get(arm, float("nan"))})
+    return rows
+
+
+def _headline(table: pd.DataFrame, shares: dict[str, float], facts: dict[str, Any]) -> dict[str, Any]:
+    """What was gained, in numbers: verb chosen by the interval, never by the mean."""
+    dice = table[table["metric"] == "dice"]
+    arm = next((arm for arm in ("aligned+filtered", "aligned") if arm in set(dice["arm"])), None)
+    if arm is None:
+        return {}
+    versus = {row["baseline"]: row for row in dice[(dice["arm"] == arm) & dice["difference"].notna()].to_dict("records")}
+    first = next(iter(versus.values()), None)
+    if first is None:
+        return {}
+    verb = "raised" if first["diff_ci_low"] > 0 else "lowered" if first["diff_ci_high"] < 0 else "did not clearly change"
+    return {"arm": arm, "verb": verb, "first": first, "from": first["mean"] - first["difference"], "to": first["mean"],
+            "others": list(versus.values())[1:], "gap": shares.get(arm)}
+
+
+def _copy_summary(copies: pd.DataFrame, numbers: dict[str, float]) -> dict[str, Any]:
+    """Per bank: flagged among all and among kept pairs, the false flags to expect, the closest pair; ``clean`` where no more than chance explains."""
+    banks = []
+    for bank in dict.fromkeys(copies["bank"]):
+        part = copies[copies["bank"] == bank]
+        rate = numbers.get(f"copy_false_flag_rate_{bank}", float("nan"))
+        n_kept, flagged = int(part["kept"].sum()), int((part["flagged"] & part["kept"]).sum())
+        known = not np.isnan(rate)
+        banks.append({"bank": bank, "n_kept": n_kept, "flagged_kept": flagged, "any_flagged": bool(part["flagged"].any()),
+                      "expected": rate * n_kept, "threshold": part["threshold"].iloc[0], "median": part["ratio"].median(),
+                      "closest": part.sort_values("ratio").iloc[0].to_dict(), "known": known,
+                      "clean": known and flagged <= binom.ppf(0.95, n_kept, rate)})
+    return {"banks": banks, "clean": all(b["clean"] for b in banks), "known": all(b["known"] for b in banks)}
+
+
+def _distance_rows(distances: pd.DataFrame) -> dict[str, Any]:
+    """Image sets by row, distances by column, and the floor."""
+    wide = distances.pivot_table(index="set", columns="metric", values="value", sort=False, dropna=False)
+    counts = distances.drop_duplicates("set").set_index("set")["n"]
+    return {"rows": [(name, int(counts[name]), wide.loc[name].to_dict()) for name in wide.index],
+            "n_reference": int(distances["n_reference"].iloc[0]),
+            "floor": distances.drop_duplicates("metric").set_index("metric")["floor"].to_dict(),
+            "error": distances[distances["metric"] == "kid"].set_index("set")["error"].to_dict()}
+
+
+def _grid(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], source: Pairs,
+          references: Pairs, kept: np.ndarray) -> list[tuple[str, str]]:
+    """Labelled strips; columns share a mask. The pairs are evenly spaced, not picked."""
+    task, n = config.task, config.report.examples
+    stage1, aligned = read_pairs(inputs["sample_stage1"]), read_pairs(inputs[f"sample_aligned:{target}"])
+    chosen = np.linspace(0, len(aligned) - 1, min(n, len(aligned))).round().astype(int)
+    masks = aligned.labels[chosen]
+    train = source.select((source.table["split"] == "train").to_numpy())
+    nearest = _nearest_masks(masks, train.labels, task)
+    shown = np.linspace(0, len(references) - 1, min(n, len(references))).round().astype(int)
+    outlines = None if references.masks is None else references.masks[shown]
+    return [
+        ("Mask", figures.mask_strip(masks, task)),
+        ("Source, real", figures.image_strip(train.images[nearest], train.labels[nearest], task)),
+        ("Stage 1", figures.image_strip(stage1.images[chosen], masks, task)),
+        ("Aligned", figures.image_strip(aligned.images[chosen], masks, task, kept[chosen])),
+        (f"References of {target}", figures.image_strip(references.images[shown], outlines, task)),
+    ]
+
+
+def _nearest_masks(masks: np.ndarray, real: np.ndarray, task: Task) -> np.ndarray:
+    """Row of the real mask with the largest Dice for each mask: a mask taken from the source finds itself."""
+    inside, found = regions(np.asarray(real), task), []
+    for region in regions(masks, task):
+        total = region.sum((1, 2)) + inside.sum((2, 3))
+        found.append((2 * (region & inside).sum((2, 3)) / np.maximum(total, 1)).mean(1).argmax())
+    return np.array(found)
+
+
+def _per_class(table: pd.DataFrame, targets: list[str], metrics: list[str]) -> list[dict[str, Any]]:
+    """Means by target, arm, metric and class."""
+    once: dict[tuple[str, ...], float] = {
+        (row["target"], row["arm"], row["metric"], row["class"]): row["mean"] for row in table.to_dict("records")}
+    known = {key[2:] for key in once}
+    columns = [(metric, name) for metric in metrics for name in dict.fromkeys(table["class"]) if (metric, name) in known]
+    present = {key[:2] for key in once}
+    return [{"target": target, "columns": columns,
+             "rows": [(arm, [once.get((target, arm, *column), float("nan")) for column in columns]) for arm in ARMS if (target, arm) in present]}
+            for target in targets]
+
+
+def _losses(inputs: Mapping[str, Path], targets: list[str]) -> str:
+    """Loss curves of the two flows and of every target's stage 2."""
+    stages = {"Stage 1: images": "image_flow", "Mask flow": "mask_flow"} | {f"Stage 2: {target}": f"align:{target}" for target in targets}
+    curves = {title: pd.read_parquet(inputs[name] / "curves.parquet").query("metric == 'loss'") for title, name in stages.items()}
+    return figures.losses({title: curve for title, curve in curves.items() if len(curve)})
+
+
+def _split_counts(pairs: Pairs) -> dict[str, int]:
+    return {str(split): int(count) for split, count in pairs.table["split"].value_counts(sort=False).items()} | {"all": len(pairs)}
+
+
+def _what_ran(lineage: list[dict[str, Any]]) -> dict[str, Any]:
+    """Profile, seed and versions as the inputs recorded them."""
+    newest = next((each for each in lineage if each["stage"] == "compare"), {})
+    return {"profile": newest.get("profile", "not recorded"), "seed": newest.get("seed", "not recorded"), "versions": newest.get("versions", {}),
+            "seconds": sum(each["seconds"] for each in lineage)}
+
+
+def _lineage(inputs: Mapping[str, Path], root: Path) -> list[dict[str, Any]]:
+    """Provenance of every artifact this page rests on: followed by content hash from the inputs upstream."""
+    files = [file for pattern in ("*.json", "*/*.json") for file in sorted((root / "artifacts").glob(pattern)) if file.with_suffix("").is_dir()]
+    known = {record["content"]: record for record in map(read_json, files)}
+    waiting = [read_json(file)["content"] for folder in inputs.values() if (file := folder.with_name(folder.name + ".json")).exists()]
+    found: dict[str, dict[str, Any]] = {}
+    while waiting:
+        content = waiting.pop()
+        if content in known and content not in found:
+            found[content] = known[content]
+            waiting += known[content]["inputs"].values()
+    return sorted(found.values(), key=lambda each: (each["stage"], str(each["key"])))

@@ -1,0 +1,223 @@
+"""evaluate, compare and report on a small made-up project: two cameras, discs with cups, real segmenter files."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from alignflow_core import compare, evaluate, report
+from alignflow_core.artifact import tree_hash, write_json
+from alignflow_core.config import Evaluate, Machine, Report, Task
+from alignflow_core.errors import InputError
+from alignflow_core.networks.segmenters import build_segmenter, save_segmenter
+from alignflow_core.pairs import Pairs, write_pairs
+from alignflow_core.runner import Context
+from alignflow_core.stages import source_files
+
+TASK = Task(name="fundus", kind="refuge", classes=("disc", "cup"), nested=True)
+SOURCE, AMBER = (150, 80, 40), (170, 120, 30)
+SHARED = ("source", "stage1")
+OWN = ("aligned", "aligned+filtered", "oracle")
+CONFIG = SimpleNamespace(seed=0, machine=Machine(device="cpu", threads=1), task=TASK, evaluate=Evaluate(bootstrap=200), report=Report(examples=3))
+
+
+def paint(n: int, colour: tuple[int, int, int], seed: int, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """Tissue with a brighter disc and a still brighter cup: images and class numbers."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size]
+    images, masks = np.empty((n, size, size, 3), np.uint8), np.zeros((n, size, size), np.uint8)
+    for i in range(n):
+        distance = np.hypot(y - rng.uniform(12, 20), x - rng.uniform(12, 20))
+        radius = rng.uniform(6, 9)
+        masks[i] = (distance < radius).astype(np.uint8) + (distance < radius * rng.uniform(0.4, 0.7))
+        image = np.array(colour) * (1 + 0.25 * masks[i][..., None]) + rng.normal(0, 6, (size, size, 3))
+        images[i] = image.clip(0, 255)
+    return images, masks
+
+
+def write(folder: Path, images: np.ndarray, masks: np.ndarray | None, **columns: object) -> None:
+    folder.mkdir(parents=True)
+    table = pd.DataFrame(columns)
+    write_pairs(folder, Pairs(images, masks, tuple(table.iloc[:, 0]), table))
+
+
+def write_segmenters(folder: Path, arms: tuple[str, ...], seeds: int = 2) -> None:
+    rows = []
+    for arm in arms:
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            model = build_segmenter(2, (8, 16), seed)
+            save_segmenter(folder / arm / f"seed{seed}", model.state_dict(), 2, (8, 16), TASK, arm=arm)
+            rows.append((arm, seed, f"{arm}/seed{seed}", 0.5, 10, 40, 0))
+    columns = ["arm", "segmenter_seed", "folder", "val_dice", "steps", "n_real", "n_synthetic"]
+    pd.DataFrame(rows, columns=columns).to_parquet(folder / "segmenters.parquet")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Artifacts of everything upstream of evaluate for the target ``amber``."""
+    root = tmp_path_factory.mktemp("project")
+    art = root / "artifacts"
+    for domain, colour, seed in (("standard", SOURCE, 1), ("amber-clinic", AMBER, 2)):
+        ids = [f"{domain[:2]}{i:04x}" for i in range(40)]
+        write(art / "data" / domain, *paint(40, colour, seed), case_id=ids, stem=[f"secret_{i}" for i in ids], domain=domain,
+              group=[f"patient{i // 2}" for i in range(40)], split=["train"] * 16 + ["val"] * 8 + ["test"] * 16)
+    write(art / "references" / "amber", paint(7, AMBER, 3)[0], None, case_id=[f"ref{i}" for i in range(7)], stem=[f"secret_r{i}" for i in range(7)],
+          role=["align"] * 5 + ["held_out"] * 2)
+    pairs = {"pair_id": [f"pair{i:06d}" for i in range(20)], "mask_id": [f"mask{i:06d}" for i in range(20)], "origin": "real"}
+    _, masks = paint(20, AMBER, 4)
+    aligned = paint(20, AMBER, 4)[0]
+    aligned[5] = paint(7, AMBER, 3)[0][2]  # a planted copy of a reference
+    write(art / "sample_stage1", paint(20, SOURCE, 4)[0], masks, **pairs)
+    write(art / "sample_aligned" / "amber", aligned, masks, **pairs)
+    (art / "filter" / "amber").mkdir(parents=True)
+    reasons = ["implausible image" if i % 5 == 1 else "" for i in range(20)]
+    filtered = pd.DataFrame({"pair_id": pairs["pair_id"], "kept": [not reason for reason in reasons], "reason": reasons})
+    filtered.to_parquet(art / "filter" / "amber" / "manifest.parquet")
+    write_segmenters(art / "segment_source", SHARED)
+    write_segmenters(art / "segment_target" / "amber", OWN)
+    (art / "sample_masks").mkdir()
+    curve = pd.DataFrame({"step": range(30), "metric": "loss", "value": np.linspace(1, 0.2, 30)})
+    for stage in ("image_flow", "mask_flow", "align/amber"):
+        (art / stage).mkdir(parents=True)
+        curve.to_parquet(art / stage / "curves.parquet")
+    pd.DataFrame({"step": [0, 20, 40], "held_out_reward": [-3.0, -1.0, -1.2], "diversity_ratio": [1, 0.95, 0.9], "velocity_ratio": [1, 1.02, 1.05],
+                  "best": [False, True, False]}).to_parquet(art / "align" / "amber" / "gates.parquet")
+    write_json(art / "align" / "amber" / "metrics.json", {"best_step": 20.0})
+    return root
+
+
+def context(root: Path, key: str | None) -> Context:
+    return Context(key, root, root, lambda metrics, step: None, lambda done, total, note: None)
+
+
+def build(root: Path, stage: str, function: Callable[..., dict[str, float]], key: str | None, inputs: dict[str, str]) -> Path:
+    """Run one stage as the runner would, with metrics and provenance."""
+    folder = root / "artifacts" / stage / (key or "")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: root / "artifacts" / where for name, where in inputs.items()}
+    write_json(folder / "metrics.json", function(CONFIG, paths, folder, context(root, key)))
+    write_json(folder.with_name(folder.name + ".json"), {
+        "stage": stage, "key": key, "content": tree_hash(folder), "fingerprint": "f" * 64, "seconds": 1.5,
+        "inputs": {name: tree_hash(path) for name, path in paths.items()}, "profile": "smoke", "seed": 0, "versions": {"torch": "2"}})
+    return folder
+
+
+EVALUATE_INPUTS = {
+    "data:source": "data/standard", "data:target": "data/amber-clinic", "references": "references/amber", "sample_stage1": "sample_stage1",
+    "sample_aligned": "sample_aligned/amber", "filter": "filter/amber", "segment_source": "segment_source", "segment_target": "segment_target/amber",
+}
+REPORT_INPUTS = {
+    "compare": "compare", "evaluate:amber": "evaluate/amber", "data:source": "data/standard", "references:amber": "references/amber",
+    "sample_masks": "sample_masks", "sample_stage1": "sample_stage1", "sample_aligned:amber": "sample_aligned/amber",
+    "align:amber": "align/amber", "filter:amber": "filter/amber", "image_flow": "image_flow", "mask_flow": "mask_flow",
+}
+
+
+@pytest.fixture(scope="module")
+def evaluated(project: Path) -> Path:
+    return build(project, "evaluate", evaluate.run, "amber", EVALUATE_INPUTS)
+
+
+@pytest.fixture(scope="module")
+def compared(project: Path, evaluated: Path) -> Path:
+    return build(project, "compare", compare.run, None, {"evaluate:amber": "evaluate/amber"})
+
+
+def test_evaluate_writes_a_value_per_image_class_arm_and_seed(evaluated: Path):
+    table = pd.read_parquet(evaluated / "metrics.parquet")
+    assert list(table.columns) == ["target", "arm", "generator_seed", "segmenter_seed", "case_id", "group", "class", "metric", "value"]
+    dice = table[table["metric"] == "dice"]
+    assert len(dice) == 16 * 2 * 5 * 2 and dice["value"].between(0, 1).all()
+    assert set(table["metric"]) == {"dice", "iou", "hd95", "cdr_error"}
+    assert set(table.loc[table["metric"] == "cdr_error", "class"]) == {"cup"}
+
+
+def test_evaluate_measures_images_with_their_n_and_floor(evaluated: Path):
+    distances = pd.read_parquet(evaluated / "distances.parquet").set_index(["metric", "set"])
+    assert distances.loc[("kid", "aligned"), ["n", "n_reference"]].tolist() == [20, 16]
+    assert distances.loc[("kid", "aligned+filtered"), "n"] == 16
+    kid = distances.loc["kid"]
+    assert kid.loc["aligned", "value"] < kid.loc["stage1", "value"] / 3
+    assert kid["floor"].nunique() == 1 and abs(kid["floor"].iloc[0]) < kid.loc["stage1", "value"]
+    features = pd.read_parquet(evaluated / "features.parquet")
+    assert features["set"].value_counts().to_dict() == {"source": 16, "references": 7, "target test": 16, "stage1": 20, "aligned": 20}
+
+
+def test_evaluate_finds_the_planted_copy(evaluated: Path):
+    copies = pd.read_parquet(evaluated / "copying.parquet")
+    row = copies[(copies["pair_id"] == "pair000005") & (copies["bank"] == "references")].iloc[0]
+    assert row["flagged"] and row["nearest"] == "ref2" and row["distance"] == pytest.approx(0, abs=0.02)
+    assert pd.read_json(evaluated / "metrics.json", typ="series")["copy_flagged_fraction"] >= 1 / 16
+
+
+def test_evaluate_numbers_are_fit_for_a_tracker(evaluated: Path):
+    numbers = pd.read_json(evaluated / "metrics.json", typ="series")
+    assert {"dice_aligned_plus_filtered", "iou_source", "obey_ratio", "obey_real_disc", "kid_aligned"} <= set(numbers.index)
+    assert all(re.fullmatch(r"[\w\-. /]+", name) for name in numbers.index) and np.isfinite(numbers).all()
+
+
+def test_compare_has_the_contract(compared: Path):
+    table = pd.read_parquet(compared / "comparison.parquet")
+    assert list(table.columns) == compare.COLUMNS
+    assert set(table["n"]) == {8}  # patients, not images
+    assert len(table) == 4 * 2 * 5  # metrics x baselines x arms
+    own = table[table["arm"] == table["baseline"]]
+    assert own["difference"].isna().all() and own["mean"].notna().all()
+    assert len(pd.read_csv(compared / "comparison.csv")) == len(table)
+    assert set(pd.read_parquet(compared / "per_class.parquet")["class"]) == {"disc", "cup"}
+
+
+def long_table(arms: dict[str, np.ndarray]) -> pd.DataFrame:
+    frames = []
+    for arm, values in arms.items():
+        ids = [f"c{i:03d}" for i in range(len(values))]
+        frames += [pd.DataFrame({"target": "t", "arm": arm, "segmenter_seed": seed, "case_id": ids, "group": ids, "class": "x", "metric": "dice",
+                                 "value": values + (seed - 0.5) * 0.1}) for seed in (0, 1)]
+    return pd.concat(frames)
+
+
+def test_compare_known_difference_and_gap():
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0.3, 0.5, 60)
+    arms = {"source": base, "aligned": base + 0.2 + rng.normal(0, 0.02, 60), "oracle": base + 0.4}
+    table = compare.compare(long_table(arms), Evaluate(bootstrap=500), 0)
+    row = table.set_index(["arm", "baseline"]).loc[("aligned", "source")]
+    assert row["difference"] == pytest.approx(0.2, abs=0.01) and row["diff_ci_low"] > 0.19 and row["diff_ci_high"] < 0.21
+    assert row["p_value"] < 1e-6 and row["p_adjusted"] >= row["p_value"]
+    gap = compare.gap_closed(table).set_index("arm")["gap_closed"]
+    assert gap[["source", "aligned", "oracle"]].tolist() == pytest.approx([0, 0.5, 1], abs=0.02)
+    again = compare.compare(long_table({"source": base, "aligned": base}), Evaluate(bootstrap=50), 0).set_index(["arm", "baseline"])
+    assert again.loc[("aligned", "source"), "p_value"] == 1.0 and again.loc[("aligned", "source"), "diff_ci_high"] == 0.0
+
+
+def test_compare_without_any_baseline_says_so():
+    with pytest.raises(InputError, match=r"evaluate\.baselines"):
+        compare.compare(long_table({"aligned": np.ones(8)}), Evaluate(), 0)
+
+
+def test_report_is_one_self_contained_page(project: Path, compared: Path):
+    folder = build(project, "report", report.run, None, REPORT_INPUTS)
+    page = (folder / "index.html").read_text()
+    links = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert links and all(link.startswith(("data:", "#")) for link in links)
+    assert "http" not in re.sub(r"data:[^\"]*", "", page) and "@import" not in page and "<script" not in page
+    for words in ("id=\"summary\"", "Target amber", "Synthetic is not anonymous", "Copy check", "real against real", "pair000005", "Holm"):
+        assert words in page
+    assert "secret_" not in page  # file names stay at home
+    assert all(f'id="{link[1:]}"' in page for link in links if link.startswith("#"))
+    assert "evaluate" in page and "1.5" in page  # provenance, with seconds
+
+
+def test_report_escapes_names(project: Path, compared: Path):
+    template = report._environment().from_string("{{ name }}")
+    assert template.render(name="<b>") == "&lt;b&gt;"
+
+
+def test_template_belongs_to_the_stage():
+    assert {"report_template.html", "figures.py"} <= set(source_files("report"))
