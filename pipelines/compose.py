@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -55,7 +55,8 @@ def compose(overrides: Sequence[str] = (), layout: dict[str, Any] | None = None)
 
 def render(params: dict[str, Any], overrides: Sequence[str] = ()) -> str:
     """The text of ``params.yaml``; its first line says what it was composed from."""
-    return f"# Composed by alignflow from pipelines/conf; overrides: {shlex.join(overrides) or 'none'}\n" + yaml.safe_dump(params, sort_keys=False, default_flow_style=None, width=150, allow_unicode=True)
+    origin = f"# Composed by alignflow from pipelines/conf; overrides: {shlex.join(overrides) or 'none'}\n"
+    return origin + yaml.safe_dump(params, sort_keys=False, default_flow_style=None, width=150, allow_unicode=True)
 
 
 def write_params(file: Path, overrides: Sequence[str] = (), layout: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -99,11 +100,11 @@ def _hydra(overrides: list[str]) -> dict[str, Any]:
 
     try:
         with initialize_config_dir(str(CONF_DIR)):
-            plain = OmegaConf.to_container(hydra_compose("config", overrides), resolve=True)
+            plain = cast(dict[str, Any], OmegaConf.to_container(hydra_compose("config", overrides), resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
         reason = " ".join(str(error).replace("++", "").partition("See https")[0].split())
         raise InputError(f"configuration: {reason}; quote values with special characters: \"key='value'\"") from error
-    return {str(key): value for key, value in dict(plain).items()}  # type: ignore[call-overload, union-attr]
+    return plain
 
 
 def _once(problems: Sequence[str], targets: tuple[str, ...]) -> list[str]:

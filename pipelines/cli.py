@@ -1,0 +1,263 @@
+"""``alignflow``: the command line. Imports nothing heavy before it knows the command."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from alignflow_core.errors import InputError
+
+STALE = 3
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; exit code 0 fine, 1 failure, 2 bad input or usage, 3 something is stale, 130 or 143 interrupted."""
+    options = parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except InputError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The grammar of every command."""
+    top = argparse.ArgumentParser(prog="alignflow",
+                                  description="Image and mask pairs in the look of a target clinic, from a few unlabelled images of it.",
+                                  epilog="Exit codes: 0 fine, 1 failure, 2 bad input or usage, 3 something is stale.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(command=command)
+        return sub
+
+    def add_root(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--root", type=Path, default=Path("."), metavar="DIR", help="project root with params.yaml (default: here)")
+
+    def add_overrides(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("overrides", nargs="*", metavar="key=value",
+                         help="options: profile=smoke|demo|cpu|gpu, reward=frechet|skl, or any key of params.yaml, such as align.rho=2")
+
+    def add_quiet(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+    def add_json(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = add("demo", demo, "built-in data, the whole method, a report; minutes on two cores")
+    sub.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of the run (default: runs/demo)")
+    add_overrides(sub)
+    add_quiet(sub)
+
+    sub = add("phantom", phantom, "write the built-in data below DIR/data")
+    sub.add_argument("dir", type=Path, metavar="DIR")
+
+    sub = add("check", check, "validate a folder of images and masks; lists every problem")
+    sub.add_argument("dir", type=Path, metavar="DIR", help="folder with images/ and masks/")
+    sub.add_argument("--task", default="binary", help="how masks are read: binary (default), refuge, labels or phantom")
+    add_overrides(sub)
+    add_json(sub)
+
+    sub = add("run", run, "raw folders -> report, without git or DVC; the same command resumes an interrupted run")
+    sub.add_argument("--source", type=Path, required=True, metavar="DIR", help="source domain: folder with images/ and masks/")
+    sub.add_argument("--target", action="append", required=True, metavar="NAME=DIR", help="target domain; may be given several times")
+    sub.add_argument("--references", required=True, metavar="N|DIR",
+                     help="draw N unlabelled target images that are never tested on, or a folder of reference images")
+    sub.add_argument("--task", required=True, help="how masks are read: binary, refuge or labels")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    add_overrides(sub)
+    add_quiet(sub)
+
+    sub = add("compose", compose, "write params.yaml from pipelines/conf and the options")
+    sub.add_argument("--check", action="store_true", help="write nothing; exit code 3 if params.yaml differs")
+    add_overrides(sub)
+    add_root(sub)
+
+    sub = add("plan", plan, "what is stale, and why")
+    sub.add_argument("--check", action="store_true", help="exit code 3 if anything is stale")
+    add_root(sub)
+    add_json(sub)
+
+    sub = add("materialize", materialize, "build stale assets through Dagster and DVC")
+    sub.add_argument("selection", nargs="?", metavar="SELECTION", help="Dagster asset selection, such as 'key:report' (default: all that is stale)")
+    sub.add_argument("--target", help="only the assets of this target")
+    add_root(sub)
+
+    sub = add("sync", sync, "tell Dagster what a terminal 'dvc repro' has built")
+    add_root(sub)
+
+    sub = add("ui", ui, "Dagster UI and MLflow UI on loopback")
+    add_root(sub)
+
+    sub = add("compare", compare, "targets side by side, from MLflow")
+    sub.add_argument("--metric", default="dice", help="metric to compare (default: dice)")
+    add_root(sub)
+
+    sub = add("export", export, "kept synthetic pairs as PNG files for other tools")
+    sub.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    sub.add_argument("--format", choices=["folder"], default="folder", help="folder: images/, masks/ and manifest.csv for each target")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+
+    sub = add("doctor", doctor, "versions, device, data, telemetry; what is wrong and how to mend it")
+    add_root(sub)
+    add_json(sub)
+    return top
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Built-in data -> report."""
+    from alignflow_core.runner import stop_on_sigterm
+    from pipelines import local
+    from pipelines.compose import write_params
+
+    stop_on_sigterm()
+    write_params(options.out / "params.yaml", options.overrides)
+    local.write_builtin_data(options.out)
+    print(f"report: {local.run_all(options.out, options.quiet)}")
+    return 0
+
+
+def phantom(options: argparse.Namespace) -> int:
+    """Built-in data only."""
+    from pipelines.local import write_builtin_data
+
+    if (options.dir / "data").exists():
+        raise InputError(f"{options.dir / 'data'}: exists; remove it or give another folder")
+    options.dir.mkdir(parents=True, exist_ok=True)
+    write_builtin_data(options.dir)
+    print(options.dir / "data")
+    return 0
+
+
+def run(options: argparse.Namespace) -> int:
+    """Raw folders -> report."""
+    from alignflow_core.runner import stop_on_sigterm
+    from pipelines import local
+
+    stop_on_sigterm()
+    targets = dict(_named_folder(text) for text in options.target)
+    if len(targets) < len(options.target):
+        raise InputError("--target: a name is given twice; give each target its own")
+    local.prepare_run(local.Folders(options.source, targets, options.references), options.task, options.out, options.overrides)
+    print(f"report: {local.run_all(options.out, options.quiet)}")
+    return 0
+
+
+def _named_folder(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise InputError(f"--target {text}: not NAME=DIR; write for instance --target zeiss=data/zeiss")
+    return name, Path(folder)
+
+
+def compose(options: argparse.Namespace) -> int:
+    """conf -> params.yaml."""
+    from alignflow_core.config import read_params
+    from pipelines.compose import compose as composed
+    from pipelines.compose import write_params
+
+    file = options.root / "params.yaml"
+    if not options.check:
+        write_params(file, options.overrides)
+        return 0
+    now, wanted = read_params(file), composed(options.overrides)
+    differing = sorted(str(section) for section in now.keys() | wanted.keys() if now.get(section) != wanted.get(section))
+    if differing:
+        print(f"{file}: differs in {', '.join(differing)}; run 'alignflow compose' with the same options", file=sys.stderr)
+    return STALE if differing else 0
+
+
+def check(options: argparse.Namespace) -> int:
+    """Validate a folder of pairs or references."""
+    from alignflow_core.data import check_folder
+    from pipelines.local import task_named
+
+    task = task_named(options.task, options.overrides)
+    problems: tuple[str, ...] = ()
+    try:
+        check_folder(options.dir, task)
+    except InputError as error:
+        problems = error.problems
+    if options.json:
+        print(json.dumps({"folder": str(options.dir), "task": task.name, "problems": problems}, indent=1))
+    elif problems:
+        raise InputError(*problems)
+    else:
+        print(f"{options.dir}: fine")
+    return 2 if problems else 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    """What is stale, and why."""
+    from pipelines.plan import plan as planned
+
+    stale = planned(options.root)
+    if options.json:
+        print(json.dumps([{"node": node, "cause": cause} for node, cause in stale], indent=1))
+    else:
+        print("\n".join(f"{node}: {cause}" for node, cause in stale) or "everything is up to date")
+    return STALE if stale and options.check else 0
+
+
+def materialize(options: argparse.Namespace) -> int:
+    """Build what is stale, or a selection."""
+    from pipelines.plan import materialize as build
+
+    build(options.root, options.selection, options.target)
+    return 0
+
+
+def sync(options: argparse.Namespace) -> int:
+    """dvc.lock -> Dagster."""
+    from pipelines.sync import sync as report
+
+    report(options.root)
+    return 0
+
+
+def ui(options: argparse.Namespace) -> int:
+    """Serve both UIs until interrupted."""
+    from pipelines.ui import serve
+
+    serve(options.root)
+    return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Targets side by side."""
+    from pipelines.tracking import compare_table
+
+    print(compare_table(options.root, options.metric))
+    return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Examine machine and project."""
+    import dataclasses
+
+    from pipelines.doctor import examine
+
+    findings = list(examine(options.root))
+    if options.json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            print(f"{'!!' if finding.remedy else 'ok'}  {finding.subject:18} {finding.state}")
+            if finding.remedy:
+                print(f"    -> {finding.remedy}")
+    return 1 if any(finding.remedy for finding in findings) else 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """Synthetic pairs as files."""
+    from pipelines.export import export_folder
+
+    for target, count in export_folder(options.run, options.out).items():
+        print(f"{options.out / target}: {count} pairs")
+    return 0

@@ -1,0 +1,79 @@
+"""``alignflow doctor``: what this machine and project have, what is wrong, and how to mend it."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from alignflow_core.config import load_project
+from alignflow_core.errors import InputError
+
+PACKAGES = ("torch", "monai", "dagster", "dagster-webserver", "dvc", "mlflow", "pandas", "pyarrow", "hydra-core", "omegaconf", "pillow")
+TELEMETRY_OFF = {"MLFLOW_DISABLE_TELEMETRY": "true", "DAGSTER_DISABLE_TELEMETRY": "1", "DVC_NO_ANALYTICS": "1"}
+FREE_GB = 2.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination; ``remedy`` is empty where all is well."""
+
+    subject: str
+    state: str
+    remedy: str = ""
+
+
+def examine(root: Path) -> Iterator[Finding]:
+    """Look at packages, device, disk, telemetry and the project in ``root``."""
+    yield Finding("python", sys.version.split()[0])
+    for package in PACKAGES:
+        try:
+            yield Finding(package, version(package))
+        except PackageNotFoundError:
+            yield Finding(package, "missing", "run 'make setup'")
+    for program in ("git", "dvc"):
+        found = shutil.which(program) or shutil.which(str(Path(sys.executable).with_name(program)))
+        yield Finding(program, "found" if found else "missing",
+                      "" if found else f"install {program}; 'alignflow run' and 'alignflow demo' work without it")
+    yield from _device()
+    free = shutil.disk_usage(root).free / 1e9
+    yield Finding("disk", f"{free:.1f} GB free", "" if free > FREE_GB else "make room: a run needs up to 2 GB")
+    for variable, off in TELEMETRY_OFF.items():
+        value = os.environ.get(variable, "unset")
+        yield Finding("telemetry", f"{variable}={value}", "" if value.lower() in ("1", "true") else f"export {variable}={off}")
+    yield from _project(root)
+
+
+def _device() -> Iterator[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield Finding("cores", str(cores))
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        yield Finding("device", f"torch does not load ({error})", "run 'make setup' after removing .venv")
+        return
+    if torch.cuda.is_available():
+        yield Finding("device", f"cuda: {torch.cuda.get_device_name(0)}")
+    elif torch.version.cuda and Path("/dev/nvidia0").exists():
+        yield Finding("device", f"cpu, though a GPU is there (torch for CUDA {torch.version.cuda})", "update the NVIDIA driver")
+    else:
+        yield Finding("device", f"cpu, {torch.get_num_threads()} threads")
+
+
+def _project(root: Path) -> Iterator[Finding]:
+    file = root / "params.yaml"
+    try:
+        project = load_project(file)
+    except InputError as error:
+        for problem in error.problems:
+            yield Finding("params.yaml", problem, "run 'alignflow compose', or correct the file")
+        return
+    yield Finding("params.yaml", f"profile {project.profile}, task {project.task.name}, targets {', '.join(project.targets)}")
+    folders = [domain.dir for domain in project.domains.values()]
+    folders += [target.references.dir for target in project.targets.values() if target.references.dir]
+    for name in folders:
+        folder = root / name / "images"
+        count = sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
+        yield Finding("data", f"{name}: {count} images", "" if count else "run 'alignflow phantom .' (built-in data), 'dvc pull', or mend the path")

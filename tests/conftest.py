@@ -1,0 +1,35 @@
+"""Shared by all tests: one thread a worker, a small copy of the built-in data, a project that runs in seconds."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")  # read when torch and numpy are loaded: two pytest workers share two cores
+
+
+@pytest.fixture(scope="session")
+def phantom_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``data/`` as ``alignflow phantom`` writes it, fewer and smaller (40 px). Copy it before changing it."""
+    from alignflow_core import phantom
+
+    root = tmp_path_factory.mktemp("phantom")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phantom, "N_SOURCE", 28)
+        patch.setattr(phantom, "N_TARGET", 20)
+        patch.setattr(phantom, "N_REFERENCES", 6)
+        phantom.write_phantom(root, size=40)
+    return root
+
+
+@pytest.fixture
+def smoke_root(phantom_root: Path, tmp_path: Path) -> Path:
+    """A project of profile ``smoke``: its own copy of the small phantom, and ``params.yaml``."""
+    from pipelines.compose import write_params
+
+    root = tmp_path / "project"
+    shutil.copytree(phantom_root / "data", root / "data")
+    write_params(root / "params.yaml", ["profile=smoke"])
+    return root
