@@ -103,6 +103,11 @@ def raw_dirs(project: Project, stage: Stage, key: str | None, root: Path) -> dic
     return {dotted: (root / value).resolve() for dotted, value in values.items() if value is not None}
 
 
+def code_hash(stage_name: str) -> str:
+    """Hash of the source files that decide a stage's result."""
+    return json_hash({name: file_hash(PACKAGE_DIR / name) for name in source_files(stage_name)})
+
+
 def plan_stage(project: Project, root: Path, stage: Stage, key: str | None) -> Plan:
     """Hash params, inputs, raw folders and source files of one stage.
 
@@ -121,7 +126,7 @@ def plan_stage(project: Project, root: Path, stage: Stage, key: str | None) -> P
             raise InputError(f"{folder}: no such folder ({dotted}); create it or correct the path")
         raw[dotted] = tree_hash(folder)
     params = stage_params(project, stage, key)
-    code = json_hash({name: file_hash(PACKAGE_DIR / name) for name in source_files(stage.name)})
+    code = code_hash(stage.name)
     return Plan(json_hash([stage.name, key, params, inputs, raw, code]), params, inputs, raw, code)
 
 

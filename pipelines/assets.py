@@ -1,0 +1,129 @@
+"""Dagster assets made from the stage registry: one noun per stage, its domains or targets as partitions.
+
+What flows in from outside is observed: raw folders, and the resolved parameters of every stage and key.
+Their data versions are content hashes, like those of the assets, so that only real change makes anything stale.
+"""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import dagster as dg
+
+from alignflow_core.artifact import json_hash, read_json, tree_hash
+from alignflow_core.config import Project, load_project
+from alignflow_core.runner import code_hash, provenance_file, raw_dirs, stage_params
+from alignflow_core.stages import STAGES, Stage, node_id
+from pipelines import preview
+from pipelines.checks import CHECKS, Check
+from pipelines.resources import StageRunner
+
+warnings.filterwarnings("ignore", message=".*partitions_def on an AssetCheckSpec.*")  # a preview feature: a check's state per partition
+
+FINGERPRINT_TAG, TAG_LENGTH = "alignflow/fingerprint", 63  # Dagster's limit
+INPUTS_GROUP = "0_inputs"
+RAW_ASSETS = {"data": "raw_domain", "references": "raw_references"}
+PARAMS_ASSET = "params"
+
+
+def partitions(project: Project, scope: str) -> dg.StaticPartitionsDefinition | None:
+    """Domains, targets, or none for what is built once."""
+    keys = {"domain": list(project.domains), "target": list(project.targets)}.get(scope)
+    return dg.StaticPartitionsDefinition(keys) if keys else None
+
+
+def stage_asset(project: Project, stage: Stage) -> dg.AssetsDefinition:
+    """The asset of one stage: build the artifact, record it in MLflow, tell Dagster what it holds."""
+    keys = partitions(project, stage.scope)
+    checks = CHECKS.get(stage.name, ())
+    specs = [dg.AssetCheckSpec(c.name, asset=stage.asset, description=c.description, blocking=c.blocking, partitions_def=keys) for c in checks]
+
+    @dg.asset(
+        key=stage.asset, group_name=stage.group, description=stage.description, partitions_def=keys, deps=dependencies(project, stage),
+        kinds={"python", "pytorch"} if stage.gpu else {"python"}, pool="gpu" if stage.gpu else None, code_version=code_hash(stage.name)[:12],
+        check_specs=specs,
+    )
+    def materialize(context: dg.AssetExecutionContext, runner: StageRunner) -> dg.MaterializeResult:
+        key, root = (context.partition_key if context.has_partition_key else None), Path(runner.root)
+        runner.build(stage.name, key)
+        track(context, root, stage.name, key)
+        provenance = read_json(provenance_file(root, stage.name, key))
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(provenance["content"]), tags={FINGERPRINT_TAG: provenance["fingerprint"][:TAG_LENGTH]},
+            metadata=preview.metadata(root, stage.name, key), check_results=[checked(each, root, key) for each in checks])
+
+    return materialize
+
+
+def track(context: dg.AssetExecutionContext, root: Path, stage: str, key: str | None) -> None:
+    """Record in MLflow; a tracker that is locked or gone must not lose the artifact, and ``alignflow sync`` makes up for it."""
+    from pipelines import tracking
+
+    try:
+        tracking.record(root, stage, key)
+    except Exception as error:
+        context.log.warning(f"not recorded in MLflow ({error}); 'alignflow sync' will do it")
+
+
+def checked(check: Check, root: Path, key: str | None) -> dg.AssetCheckResult:
+    """Result of one check, named and with its partition's own history."""
+    return check.function(root, key)._replace(check_name=check.name)
+
+
+def dependencies(project: Project, stage: Stage) -> list[dg.AssetDep]:
+    """Dependencies with their partition mappings, as :meth:`Graph.inputs` spells them out key by key."""
+    graph = project.graph
+    downstream: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))  # stage -> its key -> keys here
+    for key in graph.keys(stage):
+        for name, upstream_key in graph.inputs(stage, key).values():
+            downstream[name][str(upstream_key)].add(str(key))
+    found = [dg.AssetDep(STAGES[name].asset, partition_mapping=mapping(stage, STAGES[name], keys)) for name, keys in downstream.items()]
+    if stage.raw:
+        found.append(dg.AssetDep(RAW_ASSETS[stage.name], partition_mapping=dg.IdentityPartitionMapping()))
+    nodes = {node_id(stage.name, key): key for key in graph.keys(stage)}
+    params = (dg.SpecificPartitionsPartitionMapping(list(nodes)) if stage.scope == "project"
+              else dg.StaticPartitionMapping({node: str(key) for node, key in nodes.items()}))
+    return [*found, dg.AssetDep(PARAMS_ASSET, partition_mapping=params)]
+
+
+def mapping(stage: Stage, upstream: Stage, keys: Mapping[str, set[str]]) -> dg.PartitionMapping | None:
+    """Mapping from the keys of ``upstream`` to those of ``stage`` that read them."""
+    if upstream.scope == "project":
+        return None
+    if stage.scope != "project":
+        return dg.StaticPartitionMapping({key: sorted(readers) for key, readers in keys.items()})
+    fan_in = any(spec == f"{upstream.name}:all" for spec in stage.inputs)
+    return dg.AllPartitionMapping() if fan_in else dg.SpecificPartitionsPartitionMapping(list(keys))
+
+
+def input_versions(root: Path) -> dict[tuple[str, str], str]:
+    """Data version of everything that comes from outside: (observed asset, partition) -> hash."""
+    project = load_project(root / "params.yaml")
+    found = {}
+    for stage, key in project.graph.nodes():
+        found[PARAMS_ASSET, node_id(stage.name, key)] = json_hash(stage_params(project, stage, key))
+        if stage.raw:
+            folders = raw_dirs(project, stage, key, root).values()
+            found[RAW_ASSETS[stage.name], str(key)] = "/".join(tree_hash(f) if f.is_dir() else "missing" for f in folders) or "drawn"
+    return found
+
+
+def observed_asset(name: str, description: str, keys: dg.PartitionsDefinition[str], root: Path) -> dg.SourceAsset:
+    """An input from outside, observed partition by partition."""
+    @dg.observable_source_asset(name=name, description=description, group_name=INPUTS_GROUP, partitions_def=keys)
+    def observe() -> dg.DataVersionsByPartition:
+        return dg.DataVersionsByPartition({key: version for (asset, key), version in input_versions(root).items() if asset == name})
+
+    return observe
+
+
+def observed_assets(project: Project, root: Path) -> list[dg.SourceAsset]:
+    """Raw folders by domain and by target, and the parameters by stage and key."""
+    nodes = dg.StaticPartitionsDefinition([node_id(stage.name, key) for stage, key in project.graph.nodes()])
+    domains, targets = (dg.StaticPartitionsDefinition(list(names)) for names in (project.domains, project.targets))
+    return [
+        observed_asset("raw_domain", "Folder of images and masks of a domain, as it was handed in.", domains, root),
+        observed_asset("raw_references", "Folder of a target's reference images; 'drawn' where they come out of the domain.", targets, root),
+        observed_asset(PARAMS_ASSET, "What params.yaml says to one stage and key.", nodes, root),
+    ]

@@ -1,0 +1,66 @@
+"""Jobs that build a project part by part, and the sensor that notices changed inputs. Nothing here starts a build by itself."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from alignflow_core.artifact import json_hash
+from alignflow_core.config import Project, load_project
+from alignflow_core.runner import raw_dirs
+from alignflow_core.stages import STAGES
+from pipelines.assets import input_versions, partitions
+
+DATA_VERSION_TAG = "dagster/data_version"
+
+
+def jobs(project: Project) -> list[Any]:
+    """In the order of a first build: every domain, what is shared, every target, the results."""
+    results = [s.asset for s in STAGES.values() if any(spec.endswith(":all") for spec in s.inputs)]
+    parts = {
+        "build_domain": [s.asset for s in STAGES.values() if s.scope == "domain"],
+        "build_shared": [s.asset for s in STAGES.values() if s.scope == "project" and s.asset not in results],
+        "build_target": [s.asset for s in STAGES.values() if s.scope == "target"],
+        "build_results": results,
+    }
+    scopes = {"build_domain": "domain", "build_target": "target"}
+    return [dg.define_asset_job(name, dg.AssetSelection.assets(*names), partitions_def=partitions(project, scopes.get(name, "project")))
+            for name, names in parts.items()]
+
+
+def new_observations(root: Path, instance: dg.DagsterInstance) -> Iterator[dg.AssetObservation]:
+    """One observation for every input whose content differs from what Dagster last saw."""
+    for (asset, key), version in input_versions(root).items():
+        seen = instance.fetch_observations(dg.AssetRecordsFilter(dg.AssetKey(asset), asset_partitions=[key]), limit=1).records
+        tags = seen[0].event_log_entry.tags if seen else {}
+        observation = seen[0].asset_observation if seen else None
+        if observation is None or (observation.tags or tags).get(DATA_VERSION_TAG) != version:
+            yield dg.AssetObservation(asset, partition=key, tags={DATA_VERSION_TAG: version})
+
+
+def observe(root: Path, instance: dg.DagsterInstance) -> None:
+    """Tell Dagster which inputs have changed."""
+    for observation in new_observations(root, instance):
+        instance.report_runless_asset_event(observation)
+
+
+def signature(root: Path) -> str:
+    """Names, sizes and times of the input files: cheap, and equal as long as nothing was touched."""
+    project = load_project(root / "params.yaml")
+    folders = {folder for stage, key in project.graph.nodes() for folder in raw_dirs(project, stage, key, root).values()}
+    files = [root / "params.yaml", *sorted(file for folder in folders for file in folder.rglob("*"))]
+    return json_hash([(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files])
+
+
+def inputs_sensor(root: Path) -> dg.SensorDefinition:
+    """Observes changed inputs, so that the interface shows what is stale; hashes files only if something was touched."""
+    @dg.sensor(name="changed_inputs", minimum_interval_seconds=30, default_status=dg.DefaultSensorStatus.RUNNING,
+               description="Looks at params.yaml and the raw folders and marks what depends on a changed one as stale. Builds nothing.")
+    def changed_inputs(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        now = signature(root)
+        if now == context.cursor:
+            return dg.SkipReason("no input was touched")
+        return dg.SensorResult(asset_events=list(new_observations(root, context.instance)), cursor=now)
+
+    return changed_inputs

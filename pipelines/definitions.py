@@ -1,0 +1,30 @@
+"""What ``workspace.yaml`` points Dagster at: the project in the current folder, or in ``ALIGNFLOW_ROOT``."""
+
+from pathlib import Path
+
+import dagster as dg
+
+from alignflow_core.config import load_project
+from alignflow_core.stages import STAGES
+from pipelines.assets import observed_assets, stage_asset
+from pipelines.automation import inputs_sensor, jobs
+from pipelines.resources import StageRunner, project_root
+
+
+def build_definitions(root: Path, mode: str = "dvc") -> dg.Definitions:
+    """Everything Dagster shows of a project; ``mode`` is that of :class:`StageRunner`.
+
+    Raises:
+        InputError: ``params.yaml`` is missing or wrong.
+    """
+    project = load_project(root / "params.yaml")
+    return dg.Definitions(
+        assets=[*(stage_asset(project, stage) for stage in STAGES.values()), *observed_assets(project, root)],
+        jobs=jobs(project), sensors=[inputs_sensor(root)],
+        resources={"runner": StageRunner(root=str(root), mode=mode)}, executor=dg.in_process_executor)
+
+
+@dg.definitions
+def defs() -> dg.Definitions:
+    """Built when Dagster asks, so that importing this module needs no project."""
+    return build_definitions(project_root())

@@ -1,0 +1,147 @@
+"""A project whose stages cost nothing: the real registry, runner and configuration with made-up stage functions.
+
+The package is copied into the project without its stages; a stage there writes a hash of what it was given, and so
+changes if and only if something it reads does. Whatever runs in the project takes that package, DVC's commands included.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import yaml
+
+REPOSITORY = Path(__file__).parents[1]
+PLUMBING = ("__init__", "__main__", "artifact", "config", "errors", "runner", "stages")
+MODULES = ("data", "mask_flow", "image_flow", "sample", "segment", "align", "filtering", "evaluate", "compare", "report")
+TARGETS = ("amber", "dim")
+
+STAGE = '''
+from alignflow_core.toy import build
+
+
+def __getattr__(name):
+    return build
+'''
+
+TOY = '''
+import numpy as np
+import pandas as pd
+
+from alignflow_core.artifact import json_hash, tree_hash
+
+
+def build(config, inputs, out_dir, context):
+    """Write a hash of everything given, with the tables that other stages' readers expect."""
+    raw = [tree_hash(context.root / folder) for folder in raw_folders(config) if folder]
+    given = [repr(config), context.key, raw, {name: (folder / "given.txt").read_text() for name, folder in inputs.items()}]
+    digest = json_hash(given)
+    (out_dir / "given.txt").write_text(digest)
+    node = context.work_dir.name
+    with (context.root / "calls.txt").open("a") as stream:
+        stream.write(node + "\\n")
+    for step in range(3):
+        context.log({"loss": 1.0 / (step + 1)}, step)
+    stage = node.partition("@")[0]
+    if stage in ("data", "references"):
+        table = pd.DataFrame({"case_id": ["a", "b"], "stem": ["x", "y"], "domain": context.key, "group": [f"{stage}1", f"{stage}2"],
+                              "image_sha256": [f"{digest}1", f"{digest}2"], "width": 8, "height": 8})
+        table["split"], table["role"], table["labelled"] = ["train", "test"], ["align", "held_out"], False
+        table.to_parquet(out_dir / "manifest.parquet", index=False)
+    if stage.startswith("sample_"):
+        np.save(out_dir / "images.npy", np.full((2, 8, 8, 3), int(digest[:2], 16), np.uint8))
+    if stage == "filter":
+        return {"kept_fraction": 1.0}
+    if stage == "evaluate":
+        pd.DataFrame({"pair_id": ["p"], "kept": True, "bank": "references", "flagged": False}).to_parquet(out_dir / "copying.parquet")
+        return {"dice_source": 0.5, "dice_aligned": 0.75, "copy_false_flag_rate_references": 0.01}
+    if stage == "compare":
+        rows = [(name.partition(":")[2], arm, "source", "dice", 9, mean, mean - .1, mean + .1)
+                for name in inputs for arm, mean in (("source", .5), ("aligned", .75))]
+        table = pd.DataFrame(rows, columns=["target", "arm", "baseline", "metric", "n", "mean", "ci_low", "ci_high"])
+        table.to_parquet(out_dir / "comparison.parquet", index=False)
+        table.to_csv(out_dir / "comparison.csv", index=False)
+    if stage == "report":
+        (out_dir / "index.html").write_text("<h1>report</h1>")
+    return {}
+
+
+def raw_folders(config):
+    yield getattr(getattr(config, "domain", None), "dir", None)
+    yield getattr(getattr(config, "references", None), "dir", None)
+'''
+
+
+def write_project(root: Path) -> Path:
+    """A toy project with two targets in ``root``, without DVC."""
+    core = root / "alignflow_core"
+    core.mkdir(parents=True)
+    for module in PLUMBING:
+        shutil.copyfile(REPOSITORY / "alignflow_core" / f"{module}.py", core / f"{module}.py")
+    for module in MODULES:
+        (core / f"{module}.py").write_text(STAGE)
+    (core / "toy.py").write_text(TOY)
+    folders = {"standard": "data/source/standard"} | {name: f"data/target/{name}" for name in TARGETS}
+    for folder in [*folders.values(), *(f"data/references/{name}" for name in TARGETS)]:
+        (root / folder / "images").mkdir(parents=True)
+        for number in range(2):
+            (root / folder / "images" / f"{number}.png").write_text(f"{folder} {number}")
+    run(root, "-c", WRITE_PARAMS, yaml.safe_dump({
+        "source": "standard", "profile": "smoke", "task": {"name": "toy"}, "domains": {name: {"dir": folder} for name, folder in folders.items()},
+        "targets": {name: {"domain": name, "references": {"count": 2, "dir": f"data/references/{name}"}} for name in TARGETS},
+    }))
+    return root
+
+
+WRITE_PARAMS = """
+import dataclasses, json, sys, yaml
+from pathlib import Path
+from alignflow_core.config import build_project
+whole = dataclasses.asdict(build_project(yaml.safe_load(sys.argv[1])))
+Path("params.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(whole)), sort_keys=False))
+"""
+
+
+def run(root: Path, *arguments: str) -> str:
+    """Run this Python in the toy project, which comes before the repository on its path; returns what it printed."""
+    path = os.pathsep.join([str(root), str(REPOSITORY)])
+    binaries = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PYTHONPATH": path, "PATH": binaries, "DVC_NO_ANALYTICS": "1", "PYTHONWARNINGS": "ignore",
+                                "MLFLOW_DISABLE_TELEMETRY": "true", "DAGSTER_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run([sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def calls(root: Path) -> Counter[str]:
+    """Stages that ran since the last call, with how often."""
+    file = root / "calls.txt"
+    found = Counter(file.read_text().split()) if file.exists() else Counter()
+    file.unlink(missing_ok=True)
+    return found
+
+
+def replace_reference(root: Path, target: str) -> None:
+    """Another picture in the place of one reference."""
+    (root / "data" / "references" / target / "images" / "0.png").write_text("another picture")
+
+
+def set_param(root: Path, value: object, *keys: str) -> None:
+    """Change one value of ``params.yaml``."""
+    params = yaml.safe_load((root / "params.yaml").read_text())
+    section = params
+    for key in keys[:-1]:
+        section = section[key]
+    section[keys[-1]] = value
+    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+DOWNSTREAM_OF_REFERENCES = ("references", "align", "sample_aligned", "filter", "segment_target", "evaluate")
+FAN_IN = ("compare", "report")
+
+
+def rebuilt(target: str) -> Counter[str]:
+    """What must run when one reference of a target was replaced."""
+    return Counter([*(f"{stage}@{target}" for stage in DOWNSTREAM_OF_REFERENCES), *FAN_IN])
