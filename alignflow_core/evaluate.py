@@ -160,7 +160,7 @@ def _copies(data: Measured, quantile: float) -> tuple[pd.DataFrame, dict[str, fl
             "distance": check.distance, "ratio": check.ratio, "threshold": check.threshold, "flagged": check.flagged,
         }))
         numbers |= {f"copy_flagged_{name}": float(check.flagged.mean()), f"copy_flagged_kept_{name}": _share(check.flagged[data.kept]),
-                    f"copy_false_flag_rate_{name}": check.false_flag_rate}
+                    f"copy_false_flag_rate_{name}": check.false_flag_rate, f"copy_chance_limit_{name}": check.chance(int(data.kept.sum()))}
     table = pd.concat(frames, ignore_index=True)
     either = table.groupby("pair_id", sort=False)["flagged"].any().to_numpy()
     return table, numbers | {"copy_flagged_fraction": _share(either[data.kept])}

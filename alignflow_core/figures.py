@@ -28,7 +28,7 @@ SETS = {  # colour, marker, size, opacity
 }
 CLASS_COLOURS = ("#ffffff", "#00e0ff", "#ff6ad5", "#ffd400", "#7cff6b")
 FILL = ("#eef2f7", "#93b4d8", "#1d4f8f", "#5b2a86", "#0b6e4f", "#8a5a00")
-TILE, GAP = 132, 6
+TILE, GAP = 150, 6
 STYLE: Any = {
     "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelcolor": "#3b4350",
     "axes.edgecolor": "#b9c0ca", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e7eaef",
@@ -76,9 +76,9 @@ def feature_map(features: pd.DataFrame) -> str:
 
     vectors = features.drop(columns=["set", "id"]).to_numpy(np.float64)
     perplexity = min(30.0, (len(vectors) - 1) / 3)
-    points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(vectors.clip(-8, 8))
+    points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(vectors)
     with plt.rc_context(STYLE | {"axes.grid": False}):
-        figure, axis = plt.subplots(figsize=(4.7, 4.1))
+        figure, axis = plt.subplots(figsize=(4.7, 3.7))
         for name, (colour, marker, size, alpha) in SETS.items():
             chosen = (features["set"] == name).to_numpy()
             axis.scatter(points[chosen, 0], points[chosen, 1], s=size, c=colour, marker=marker, alpha=alpha, label=f"{name} ({chosen.sum()})",
@@ -147,10 +147,11 @@ def image_strip(images: np.ndarray, masks: np.ndarray | None, task: Task, accept
 
 def _outlined(tile: np.ndarray, mask: np.ndarray, task: Task) -> np.ndarray:
     """Draw each region's outline, light on a dark casing, so that it shows on any tissue."""
-    large = _enlarge(np.asarray(mask), Image.Resampling.NEAREST)
-    for number, region in enumerate(regions(large[None], task)[0]):
-        line = region & ~binary_erosion(region, iterations=2)
-        tile[binary_dilation(line) & ~line] = tile[binary_dilation(line) & ~line] // 3
+    for number, region in enumerate(regions(mask[None], task)[0]):
+        smooth = _enlarge(region.astype(np.uint8) * 255, Image.Resampling.BICUBIC) > 127
+        line = smooth & ~binary_erosion(smooth, iterations=2)
+        casing = binary_dilation(line) & ~line
+        tile[casing] //= 2
         tile[line] = _rgb(CLASS_COLOURS[number % len(CLASS_COLOURS)])
     return tile
 

@@ -11,7 +11,6 @@ from typing import Any
 import jinja2
 import numpy as np
 import pandas as pd
-from scipy.stats import binom
 
 from alignflow_core import figures
 from alignflow_core.artifact import read_json
@@ -57,7 +56,8 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
         forest=figures.forest(once[once["metric"] == "dice"], targets, "Dice, mean over held-out test images"),
         classes=_per_class(pd.read_parquet(inputs["compare"] / "per_class.parquet"), targets, metrics) if len(config.task.classes) > 1 else [],
         losses=_losses(inputs, targets), lineage=lineage, run=_what_ran(lineage), obey_bar=OBEY_BAR,
-        distance_metrics=DISTANCE_METRICS,
+        distance_metrics=DISTANCE_METRICS, longest=max((each["rows"] for each in sections), key=len),
+        grouped=any(each["n_groups"] < each["n_test"] for each in sections),
     )
     (out_dir / "index.html").write_text(page, encoding="utf-8")
     return {"bytes": float(len(page.encode())), "targets": float(len(targets))}
@@ -66,17 +66,26 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
                                      trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"num": _number, "signed": _signed, "p": _p_value, "pct": "{:.0%}".format}
+    environment.filters |= {"num": _number, "signed": _signed, "p": _p_value, "pct": _percent, "sig": _significant}
     return environment
 
 
 def _number(value: float, digits: int = 3, sign: str = "") -> str:
     """Fixed digits, a real minus sign, a dash for what is unknown."""
-    return "–" if pd.isna(value) else f"{value:{sign}.{digits}f}".replace("-", "−")
+    return "–" if pd.isna(value) else f"{value:{sign}z.{digits}f}".replace("-", "−")
 
 
 def _signed(value: float, digits: int = 3) -> str:
     return _number(value, digits, "+")
+
+
+def _percent(value: float) -> str:
+    return "–" if pd.isna(value) else f"{100 * value:z.0f} %".replace("-", "−")
+
+
+def _significant(value: float) -> str:
+    """Three significant digits, at most three decimals: for distances of any size."""
+    return _number(value, 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3)
 
 
 def _p_value(value: float) -> str:
@@ -138,7 +147,7 @@ def _headline(table: pd.DataFrame, shares: dict[str, float], facts: dict[str, An
 
 
 def _copy_summary(copies: pd.DataFrame, numbers: dict[str, float]) -> dict[str, Any]:
-    """Per bank: flagged among all and among kept pairs, the false flags to expect, the closest pair; ``clean`` where no more than chance explains."""
+    """Per bank: flagged among kept pairs, the false flags to expect, the closest pair; ``clean`` where chance explains the flags."""
     banks = []
     for bank in dict.fromkeys(copies["bank"]):
         part = copies[copies["bank"] == bank]
@@ -148,7 +157,8 @@ def _copy_summary(copies: pd.DataFrame, numbers: dict[str, float]) -> dict[str, 
         banks.append({"bank": bank, "n_kept": n_kept, "flagged_kept": flagged, "any_flagged": bool(part["flagged"].any()),
                       "expected": rate * n_kept, "threshold": part["threshold"].iloc[0], "median": part["ratio"].median(),
                       "closest": part.sort_values("ratio").iloc[0].to_dict(), "known": known,
-                      "clean": known and flagged <= binom.ppf(0.95, n_kept, rate)})
+                      "limit": numbers.get(f"copy_chance_limit_{bank}", float("nan")),
+                      "clean": known and flagged <= numbers[f"copy_chance_limit_{bank}"]})
     return {"banks": banks, "clean": all(b["clean"] for b in banks), "known": all(b["known"] for b in banks)}
 
 
@@ -172,13 +182,12 @@ def _grid(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], sour
     train = source.select((source.table["split"] == "train").to_numpy())
     nearest = _nearest_masks(masks, train.labels, task)
     shown = np.linspace(0, len(references) - 1, min(n, len(references))).round().astype(int)
-    outlines = None if references.masks is None else references.masks[shown]
     return [
         ("Mask", figures.mask_strip(masks, task)),
         ("Source, real", figures.image_strip(train.images[nearest], train.labels[nearest], task)),
         ("Stage 1", figures.image_strip(stage1.images[chosen], masks, task)),
         ("Aligned", figures.image_strip(aligned.images[chosen], masks, task, kept[chosen])),
-        (f"References of {target}", figures.image_strip(references.images[shown], outlines, task)),
+        (f"References of {target}", figures.image_strip(references.images[shown], None, task)),
     ]
 
 

@@ -21,6 +21,7 @@ def test_planted_copies_are_flagged_however_turned_and_tinted():
     assert check.flagged[2:].sum() <= 1
     assert check.distance[0] == pytest.approx(0, abs=0.02)
     assert check.false_flag_rate == pytest.approx(1 / 61)
+    assert check.chance(1) == 0 and check.chance(60) == pytest.approx(4, abs=1)  # P(X > x) falls by half with each further flag
 
 
 def test_false_flag_rate_of_fresh_real_images():
@@ -37,7 +38,7 @@ def test_frames_of_one_sequence_do_not_calibrate_each_other():
     check = copy_check(textures(5, 4), textures(10, 5), frames, np.repeat(np.arange(10), 4), 0.01)
     assert 0 < check.threshold < 10
     lone = copy_check(textures(5, 4), textures(10, 5), frames[:4], np.zeros(4), 0.01)
-    assert np.isnan(lone.threshold) and not lone.flagged.any()
+    assert np.isnan(lone.threshold) and np.isnan(lone.false_flag_rate) and not lone.flagged.any()
 
 
 def test_distance_is_least_over_the_eight_symmetries():

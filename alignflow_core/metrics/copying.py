@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 from scipy.spatial.distance import cdist
+from scipy.stats import betabinom
 
 SIDE = 16
 
@@ -25,7 +26,7 @@ class CopyCheck:
         ratio: that distance over the distance to the nearest held-out image, [N]; small means copied.
         threshold: ratios below it are flagged.
         flagged: bool [N].
-        false_flag_rate: probability that a fresh real image is flagged (exact if it is exchangeable with the held-out ones).
+        rank, n_calibration: the threshold is the rank-th smallest ratio of so many held-out images.
     """
 
     nearest: np.ndarray
@@ -33,7 +34,17 @@ class CopyCheck:
     ratio: np.ndarray
     threshold: float
     flagged: np.ndarray
-    false_flag_rate: float
+    rank: int
+    n_calibration: int
+
+    @property
+    def false_flag_rate(self) -> float:
+        """Probability that a fresh real image is flagged (exact if it is exchangeable with the held-out ones)."""
+        return self.rank / (self.n_calibration + 1) if self.rank else float("nan")
+
+    def chance(self, n: int) -> float:
+        """Flags among n fresh real images that chance explains: 95 % quantile of the exact (beta-binomial) law, NaN if uncalibrated."""
+        return float(betabinom.ppf(0.95, n, self.rank, self.n_calibration + 1 - self.rank)) if self.rank else float("nan")
 
 
 def thumbnails(images: np.ndarray) -> np.ndarray:
@@ -70,11 +81,11 @@ def copy_check(queries: np.ndarray, bank: np.ndarray, held_out: np.ndarray, grou
     nearest = to_bank.argmin(1)
     distance = to_bank.min(1)
     if len(set(groups)) < 2:
-        return CopyCheck(nearest, distance, np.full(len(queries), np.nan), float("nan"), np.zeros(len(queries), bool), float("nan"))
+        return CopyCheck(nearest, distance, np.full(len(queries), np.nan), float("nan"), np.zeros(len(queries), bool), 0, 0)
     ratio = distance / np.maximum(distances(small, small_held).min(1), 1e-9)
     among = distances(small_held, small_held)
     among[groups[:, None] == groups[None, :]] = np.inf
     calibration = np.sort(distances(small_held, small_bank).min(1) / np.maximum(among.min(1), 1e-9))
     rank = max(1, int(quantile * (len(held_out) + 1)))
     threshold = float(calibration[rank - 1])
-    return CopyCheck(nearest, distance, ratio, threshold, ratio < threshold, rank / (len(held_out) + 1))
+    return CopyCheck(nearest, distance, ratio, threshold, ratio < threshold, rank, len(held_out))

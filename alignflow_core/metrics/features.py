@@ -20,7 +20,10 @@ LBP_POINTS = 8
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """Descriptors standardised by the source domain's real images.
+    """Descriptors standardised by the source domain's real images and compressed by ``asinh``.
+
+    Another camera may lie fifty deviations away from the source in one descriptor. Beyond a few deviations
+    ``asinh`` grows like a logarithm, so that no single descriptor drowns the others; near the source it is the identity.
 
     Attributes:
         mean, scale: float64 [D].
@@ -42,7 +45,7 @@ class FeatureSpace:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """uint8 [N, H, W, 3] -> standardised descriptors, float64 [N, D]."""
-        return (descriptors(images) - self.mean) / self.scale
+        return np.arcsinh((descriptors(images) - self.mean) / self.scale)
 
 
 def descriptors(images: np.ndarray) -> np.ndarray:
