@@ -130,19 +130,25 @@ def losses(curves: dict[str, pd.DataFrame]) -> str:
         return _svg(figure)
 
 
-def mask_strip(masks: np.ndarray, task: Task) -> str:
+def mask_strip(masks: np.ndarray) -> str:
     """A row of masks in flat colours, uint8 [N, H, W]."""
     palette = np.array([_rgb(colour) for colour in FILL], np.uint8)
     labels = np.minimum(masks, len(FILL) - 1)
-    return _strip([_enlarge(palette[each], Image.Resampling.NEAREST) for each in labels], np.ones(len(masks), bool))
+    return _strip([_enlarge(palette[each], Image.Resampling.NEAREST) for each in labels])
 
 
-def image_strip(images: np.ndarray, masks: np.ndarray | None, task: Task, accepted: np.ndarray | None = None) -> str:
-    """A row of images, uint8 [N, H, W, 3], with the outlines of their masks; tiles that are not accepted get a red frame."""
+def image_strip(images: np.ndarray, masks: np.ndarray | None, task: Task, refused: np.ndarray | None = None, columns: int = 0) -> str:
+    """A row of images, uint8 [N, H, W, 3], with the outlines of their masks; refused ones get a red frame.
+
+    ``columns`` leaves room for so many tiles where there are fewer.
+    """
     tiles = [_enlarge(np.asarray(image), Image.Resampling.BICUBIC) for image in images]
     if masks is not None:
         tiles = [_outlined(tile, mask, task) for tile, mask in zip(tiles, masks, strict=True)]
-    return _strip(tiles, np.ones(len(images), bool) if accepted is None else accepted)
+    for i in () if refused is None else np.flatnonzero(refused):
+        for edge in (np.s_[:4], np.s_[-4:], np.s_[:, :4], np.s_[:, -4:]):
+            tiles[i][edge] = _rgb("#c8102e")
+    return _strip(tiles, columns)
 
 
 def _outlined(tile: np.ndarray, mask: np.ndarray, task: Task) -> np.ndarray:
@@ -156,13 +162,10 @@ def _outlined(tile: np.ndarray, mask: np.ndarray, task: Task) -> np.ndarray:
     return tile
 
 
-def _strip(tiles: list[np.ndarray], accepted: np.ndarray) -> str:
+def _strip(tiles: list[np.ndarray], columns: int = 0) -> str:
     """Tiles [TILE, TILE, 3] side by side on white, as a JPEG data URI."""
-    sheet = np.full((TILE, len(tiles) * (TILE + GAP) - GAP, 3), 255, np.uint8)
+    sheet = np.full((TILE, max(columns, len(tiles)) * (TILE + GAP) - GAP, 3), 255, np.uint8)
     for i, tile in enumerate(tiles):
-        if not accepted[i]:
-            for edge in (np.s_[:4], np.s_[-4:], np.s_[:, :4], np.s_[:, -4:]):
-                tile[edge] = _rgb("#c8102e")
         sheet[:, i * (TILE + GAP):i * (TILE + GAP) + TILE] = tile
     stream = io.BytesIO()
     Image.fromarray(sheet).save(stream, "JPEG", quality=90, subsampling=0)

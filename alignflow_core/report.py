@@ -183,11 +183,11 @@ def _grid(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], sour
     nearest = _nearest_masks(masks, train.labels, task)
     shown = np.linspace(0, len(references) - 1, min(n, len(references))).round().astype(int)
     return [
-        ("Mask", figures.mask_strip(masks, task)),
+        ("Mask", figures.mask_strip(masks)),
         ("Source, real", figures.image_strip(train.images[nearest], train.labels[nearest], task)),
         ("Stage 1", figures.image_strip(stage1.images[chosen], masks, task)),
-        ("Aligned", figures.image_strip(aligned.images[chosen], masks, task, kept[chosen])),
-        (f"References of {target}", figures.image_strip(references.images[shown], None, task)),
+        ("Aligned", figures.image_strip(aligned.images[chosen], masks, task, ~kept[chosen])),
+        (f"References of {target}", figures.image_strip(references.images[shown], None, task, columns=len(chosen))),
     ]
 
 
