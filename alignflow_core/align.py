@@ -48,7 +48,9 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
     aligning, held_out = (_describe(encoder, to_unit(references.images)[role].to(device), settings.prior_count)
                           for role in _roles(references.table["role"]))
     model, facts = velocity_unet.load(inputs["image_flow"])
+    model.adopt_target()
     model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    painter = velocity_unet.in_domain(model, velocity_unet.TARGET)
     times = time_grid(settings.n_steps)
     batch = settings.training.batch
     state = {"queue": torch.zeros(0, aligning.mean.numel(), device=device)}
@@ -75,7 +77,7 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
             return -DISTANCES[settings.reward](torch.cat([past, scaled]), aligning, settings.temperature)
 
         with autocast(config.machine, device):
-            done = SCHEMES[settings.gradient](model, x0, cond[rows], times, reward, settings.k, draw, weight)
+            done = SCHEMES[settings.gradient](painter, x0, cond[rows], times, reward, settings.k, draw, weight)
         return done, kept[0]
 
     weight = _balance(model, settings, denoise, pull, config.seed)
@@ -84,7 +86,7 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
     def look(velocity_model: nn.Module) -> dict[str, float]:
         """Held-out reward and the gates' ratios to the base."""
         with autocast(config.machine, device):
-            x1, speed = probe.sample(velocity_model)
+            x1, speed = probe.sample(velocity_unet.in_domain(velocity_model, velocity_unet.TARGET))
         features = encoder(x1.float())
         base.setdefault("speed", speed)
         base.setdefault("diversity", probe.diversity(features))
@@ -129,7 +131,7 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
     table["best"] = table.index == best_row
     table.to_parquet(out_dir / "gates.parquet", index=False)
     velocity_unet.save(out_dir, section("best", state), facts["channels"], facts["cond_channels"],
-                       flow.network, clip=facts["clip"], reward=settings.reward, gradient=settings.gradient)
+                       flow.network, domain=velocity_unet.TARGET, clip=facts["clip"], reward=settings.reward, gradient=settings.gradient)
     chosen, start = table.iloc[best_row], table.iloc[0]
     return {"best_step": float(chosen["step"]), "steps": float(table["step"].iloc[-1]), "reward_weight": weight,
             "reward_before": float(start["reward"]), "reward_after": float(chosen["reward"]),

@@ -102,6 +102,8 @@ class Network:
             raise InputError("network: channels and attention must have the same length")
         if any(c % self.norm_groups for c in self.channels):
             raise InputError(f"network.channels: each must be a multiple of norm_groups ({self.norm_groups})")
+        if any(c % self.head_channels for c, attends in zip(self.channels, [*self.attention[:-1], True], strict=True) if attends):
+            raise InputError(f"network.head_channels: {self.head_channels} must divide the channels of levels with attention and of the last level")
 
 
 @dataclass(frozen=True)

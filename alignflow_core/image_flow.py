@@ -41,7 +41,7 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
         return {"loss": loss.item()}
 
     ema = train(model, step, settings.training, context.work_dir / "state.safetensors", context.log, context.progress)
-    velocity_unet.save(out_dir, ema.shadow, 3, cond.shape[1], settings.network, clip=settings.clip)
+    velocity_unet.save(out_dir, ema.shadow, 3, cond.shape[1], settings.network, domain=velocity_unet.SOURCE, clip=settings.clip)
 
     trained, _ = velocity_unet.load(out_dir)
     held_out = read_pairs(inputs["data:source"], "val")

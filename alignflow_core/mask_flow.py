@@ -44,5 +44,5 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
         return {"loss": loss.item()}
 
     ema = train(model, step, settings.training, context.work_dir / "state.safetensors", context.log, context.progress)
-    velocity_unet.save(out_dir, ema.shadow, channels, 0, settings.network, clip=settings.clip, size=maps.shape[-1])
+    velocity_unet.save(out_dir, ema.shadow, channels, 0, settings.network, domain=velocity_unet.SOURCE, clip=settings.clip, size=maps.shape[-1])
     return {"n_masks": settings.training.steps * settings.training.batch, "parameters": sum(p.numel() for p in network.parameters())}

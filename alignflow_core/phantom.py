@@ -55,9 +55,9 @@ class Camera:
 SOURCE, TARGETS = "standard", ("amber", "dim", "violet")
 CAMERAS = {
     "standard": Camera((0.58, 0.30, 0.16), (0.80, 0.52, 0.28), (0.92, 0.76, 0.52), (0.72, 0.48, 0.55), 0.05, 0.10, 0.15, 0.0, 1, 0.015),
-    "amber": Camera((0.66, 0.46, 0.10), (0.78, 0.56, 0.12), (0.84, 0.66, 0.22), (0.80, 0.55, 0.70), 0.06, 0.15, 0.20, 0.2, 2, 0.025),
-    "dim": Camera((0.30, 0.13, 0.10), (0.38, 0.20, 0.13), (0.45, 0.28, 0.18), (0.80, 0.65, 0.70), 0.08, 0.25, 0.35, 0.3, 4, 0.020),
-    "violet": Camera((0.50, 0.26, 0.34), (0.52, 0.34, 0.52), (0.66, 0.48, 0.60), (0.65, 0.60, 0.62), 0.06, 0.15, 0.15, 0.0, 2, 0.030),
+    "amber": Camera((0.62, 0.40, 0.11), (0.74, 0.50, 0.14), (0.90, 0.74, 0.38), (0.78, 0.54, 0.67), 0.05, 0.12, 0.15, 0.1, 2, 0.020),
+    "dim": Camera((0.33, 0.15, 0.10), (0.43, 0.24, 0.14), (0.56, 0.42, 0.26), (0.79, 0.63, 0.69), 0.06, 0.20, 0.30, 0.2, 3, 0.015),
+    "violet": Camera((0.56, 0.29, 0.19), (0.67, 0.43, 0.41), (0.84, 0.70, 0.66), (0.68, 0.55, 0.58), 0.05, 0.12, 0.15, 0.0, 2, 0.020),
 }
 
 
@@ -179,7 +179,7 @@ def photograph(draws: Draws, camera: Camera, eye: Anatomy, x: np.ndarray, y: np.
     """Picture of an eye, uint8 [H, W, 3]."""
     size = x.shape[0]
     in_disc = _smooth(0.5 + eye.disc / (2.0 * camera.edge))
-    in_cup = _smooth(0.5 + eye.cup / (4.0 * camera.edge))
+    in_cup = _smooth(0.5 + eye.cup / (2.6 * camera.edge))
     tilt_x, tilt_y = draws.between(-camera.tilt, camera.tilt), draws.between(-camera.tilt, camera.tilt)
     light = (1.0 + tilt_x * x + tilt_y * y - camera.vignette * 0.5 * (x * x + y * y)) * draws.between(0.94, 1.06)
     relief = 1.0 + (0.10 - 0.06 * in_disc) * eye.texture

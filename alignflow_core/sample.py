@@ -7,13 +7,14 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.ndimage import binary_fill_holes, label
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from alignflow_core.artifact import read_json
 from alignflow_core.config import Sample, Task
 from alignflow_core.devices import autocast, prepare
 from alignflow_core.flow.guidance import guided
+from alignflow_core.flow.path import VelocityModel
 from alignflow_core.flow.solver import SOLVERS, time_grid
 from alignflow_core.masks import condition, from_regions, regions
 from alignflow_core.networks import velocity_unet
@@ -75,7 +76,7 @@ def _paint(config: Any, checkpoint_dir: Path, masks_dir: Path, out_dir: Path, co
             cond = condition(chosen, config.task, facts["clip"]).to(device)
             noise = torch.stack([torch.randn(3, *chosen.shape[1:], generator=generator(config.seed, "pair", start + i)) for i in range(len(chosen))])
             with autocast(config.machine, device):
-                images = to_bytes(_solve(model, noise.to(device), cond, settings))
+                images = to_bytes(_solve(velocity_unet.in_domain(model, facts["domain"]), noise.to(device), cond, settings))
             np.save(part.with_suffix(".part.npy"), images)
             part.with_suffix(".part.npy").rename(part)
         parts.append(read_array(part))
@@ -91,7 +92,7 @@ def _paint(config: Any, checkpoint_dir: Path, masks_dir: Path, out_dir: Path, co
 
 
 @torch.no_grad()
-def _solve(model: nn.Module, noise: Tensor, cond: Tensor, settings: Sample) -> Tensor:
+def _solve(model: VelocityModel, noise: Tensor, cond: Tensor, settings: Sample) -> Tensor:
     return SOLVERS[settings.solver](guided(model, settings.guidance_scale), noise, cond, time_grid(settings.n_steps))
 
 

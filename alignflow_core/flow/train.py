@@ -52,7 +52,7 @@ def train(model: nn.Module, step: Callable[[int], dict[str, float]], training: T
             done += 1
             if done % training.log_every == 0 or done == training.steps:
                 log({**numbers, "gradient_norm": norm}, done)
-            ended = on_step is not None and on_step(done, ema) or done == training.steps
+            ended = (on_step is not None and on_step(done, ema)) or done == training.steps
             progress(done, training.steps, " ".join(f"{k}={v:.4g}" for k, v in numbers.items()))
             if ended or caught or done % training.save_every == 0:
                 _save(state_file, (done, ended), model, optimiser, ema, extra)

@@ -1,10 +1,13 @@
 """The velocity model: MONAI's diffusion U-Net, the condition concatenated to the input.
 
 Our choice (the paper names no backbone): one U-Net trained jointly with its condition. A ControlNet
-on a small pixel-space base may never start to obey the mask.
+on a small pixel-space base may never start to obey the mask. A two-row domain embedding joins the time
+embedding: row 0 is the source, row 1 starts as its copy and is what stage 2 samples with. So the denoising
+loss on source pairs holds the shared weights without pulling the target's colours back to the source's.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,13 @@ from torch import Tensor, nn
 
 from alignflow_core.checkpoint import load_network, save_network
 from alignflow_core.config import Network
+from alignflow_core.flow.path import VelocityModel
+
+SOURCE, TARGET = 0, 1
 
 
 class VelocityUNet(nn.Module):
-    """v(x_t, t, cond) for x_t [B, C, H, W], t [B] in [0, 1], cond [B, D, H, W] (D may be 0)."""
+    """v(x_t, t, cond) for x_t [B, C, H, W], t [B] in [0, 1], cond [B, D, H, W] (D may be 0), painting the source domain."""
 
     def __init__(self, channels: int, cond_channels: int, network: Network) -> None:
         from monai.networks.nets import DiffusionModelUNet
@@ -26,14 +32,25 @@ class VelocityUNet(nn.Module):
         self.unet = DiffusionModelUNet(
             spatial_dims=2, in_channels=channels + cond_channels, out_channels=channels, channels=network.channels,
             attention_levels=network.attention, num_res_blocks=network.n_res_blocks, num_head_channels=network.head_channels,
-            norm_num_groups=network.norm_groups)
+            norm_num_groups=network.norm_groups, num_class_embeds=2)
+        nn.init.zeros_(self.unet.class_embedding.weight)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        """Velocity [B, C, H, W]. Sinusoidal embedding wants times of order 1000."""
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor, domain: int = SOURCE) -> Tensor:
+        """Velocity [B, C, H, W] in a domain. Sinusoidal embedding wants times of order 1000."""
         if self.cond_channels:
             x_t = torch.cat([x_t, cond.to(x_t)], dim=1)
-        velocity: Tensor = self.unet(x_t, timesteps=t * 1000)
+        velocity: Tensor = self.unet(x_t, timesteps=t * 1000, class_labels=torch.full(t.shape, domain, device=t.device))
         return velocity
+
+    @torch.no_grad()
+    def adopt_target(self) -> None:
+        """Start the target's embedding as a copy of the source's: the aligned model begins as stage 1."""
+        self.unet.class_embedding.weight[TARGET] = self.unet.class_embedding.weight[SOURCE]
+
+
+def in_domain(model: nn.Module, domain: int) -> VelocityModel:
+    """The velocity model of one domain, with the plain signature that solvers and rewards call."""
+    return functools.partial(model, domain=domain)
 
 
 def build(channels: int, cond_channels: int, network: Network, seed: int) -> VelocityUNet:

@@ -1,0 +1,79 @@
+"""The training loop: exact resume, interruption, stop on NaN."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignflow_core.checkpoint import load_tensors
+from alignflow_core.config import Training
+from alignflow_core.errors import InputError
+from alignflow_core.flow.train import train
+from alignflow_core.seeding import generator
+
+TRAINING = Training(steps=12, batch=4, lr=0.01, warm_up=3, save_every=5, log_every=1)
+
+
+def fresh(folder: Path, act=lambda i: None):
+    """A small regression whose batch is a function of the step; ``act(i)`` runs inside step i."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+
+    def step(i: int) -> dict[str, float]:
+        x = torch.randn(TRAINING.batch, 3, generator=generator("batch", i))
+        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        act(i)
+        return {"loss": loss.item()}
+
+    losses: dict[int, float] = {}
+    extra = {"note": torch.zeros(1)}
+
+    def on_step(done: int, ema: object) -> bool:
+        extra["note"] = torch.full((done,), float(done))
+        return False
+
+    return lambda: (train(model, step, TRAINING, folder / "state.safetensors", lambda m, i: losses.__setitem__(i, m["loss"]),
+                          lambda *_: None, on_step, extra), losses)
+
+
+def final(folder: Path) -> dict[str, torch.Tensor]:
+    return load_tensors(folder / "state.safetensors")
+
+
+@pytest.mark.parametrize("stop", range(TRAINING.steps))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_anywhere_and_resumed_is_byte_equal(tmp_path: Path, stop: int, number: int) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    fresh(whole)()
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fresh(parts, lambda i: os.kill(os.getpid(), number) if i == stop else None)()
+    fresh(parts)()
+    expected, found = final(whole), final(parts)
+    assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
+
+
+def test_not_a_number_stops_at_once_and_keeps_the_last_state(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 1)
+
+    def step(i: int) -> dict[str, float]:
+        loss = model(torch.ones(1, 1)).sum() * (float("nan") if i == 7 else 1.0)
+        loss.backward()
+        return {"loss": loss.item()}
+
+    with pytest.raises(FloatingPointError, match="step 7"):
+        train(model, step, TRAINING, tmp_path / "s.safetensors", lambda *_: None, lambda *_: None)
+    assert load_tensors(tmp_path / "s.safetensors")["done"][0] == 5
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "state.safetensors"
+    file.write_bytes(b"not a state")
+    with pytest.raises(InputError, match=r"state\.safetensors"):
+        fresh(tmp_path)()
