@@ -2,7 +2,8 @@
 
 The anatomy (disc, cup, vessels, tissue texture) has one law for every camera; a camera decides colour, illumination,
 contrast between regions, tone, blur and noise. Its light is steady up to a few per cent from image to image, so ten
-images say what it is like. How far a source-trained segmenter falls on each camera: ``docs/results`` and the tests.
+images say what it is like. A segmenter trained on the source (profile ``cpu``) has a mean Dice of about .94 on the source
+and .5 to .8 on the targets, one trained on the target itself about .92.
 
 The files are the same bytes on every machine: draws are raw words of PCG64, arithmetic is elementwise float64
 ``+ - * / sqrt floor`` (exactly rounded by IEEE 754, in a fixed order; no exp, no sums whose order is the processor's),
@@ -55,8 +56,8 @@ class Camera:
 SOURCE, TARGETS = "standard", ("amber", "dim", "violet")
 CAMERAS = {
     "standard": Camera((0.58, 0.30, 0.16), (0.80, 0.52, 0.28), (0.92, 0.76, 0.52), (0.72, 0.48, 0.55), 0.05, 0.10, 0.15, 0.0, 1, 0.015),
-    "amber": Camera((0.62, 0.40, 0.11), (0.74, 0.50, 0.14), (0.90, 0.74, 0.38), (0.78, 0.54, 0.67), 0.05, 0.12, 0.15, 0.1, 2, 0.020),
-    "dim": Camera((0.33, 0.15, 0.10), (0.43, 0.24, 0.14), (0.56, 0.42, 0.26), (0.79, 0.63, 0.69), 0.06, 0.20, 0.30, 0.2, 3, 0.015),
+    "amber": Camera((0.68, 0.48, 0.10), (0.78, 0.57, 0.12), (0.90, 0.76, 0.32), (0.78, 0.54, 0.67), 0.05, 0.12, 0.15, 0.1, 2, 0.020),
+    "dim": Camera((0.30, 0.13, 0.09), (0.39, 0.21, 0.12), (0.52, 0.38, 0.23), (0.79, 0.63, 0.69), 0.06, 0.20, 0.30, 0.2, 3, 0.015),
     "violet": Camera((0.56, 0.29, 0.19), (0.67, 0.43, 0.41), (0.84, 0.70, 0.66), (0.68, 0.55, 0.58), 0.05, 0.12, 0.15, 0.0, 2, 0.020),
 }
 

@@ -4,11 +4,13 @@ Images: JPEG, PNG (8 and 16 bit), TIFF, BMP, GIF of one frame; 1 bit, grey, pale
 Masks: the same, read by the task into class numbers.
 """
 
+import contextlib
 import hashlib
 import io
 import os
 import stat
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,15 +54,12 @@ def read_image(file: Path, root: Path, size: int | None = None) -> Picture:
     Raises:
         ReadError: not a regular file, too large, not one of the formats, several frames, damaged.
     """
-    data = _read_bytes(file, root)
+    data = read_bytes(file, root)
     image, width, height = _decode(data, size)
-    with _guard():
+    with _decoding():
         if image.mode in WIDE_MODES:
             image = Image.fromarray(_to_8_bit(_wide(image)))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-        image = image.convert("RGB")
+        image = _opaque(image)
         if size is not None:
             image = image.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=2.0)
         return Picture(np.asarray(image), width, height, hashlib.sha256(data).hexdigest())
@@ -72,9 +71,9 @@ def read_mask(file: Path, root: Path, task: Task, size: int | None = None) -> Pi
     Raises:
         ReadError: as :func:`read_image`; under ``labels`` also values that ``task.values`` does not name, or colour.
     """
-    data = _read_bytes(file, root)
+    data = read_bytes(file, root)
     image, width, height = _decode(data, None)
-    with _guard():
+    with _decoding():
         values = _label_values(image, task) if task.kind == "labels" else _grey(image)
     classes = _classes(values, task)
     if size is not None:
@@ -92,12 +91,12 @@ def resize_classes(classes: np.ndarray, task: Task, size: int) -> np.ndarray:
     regions = [classes >= k for k in range(1, n + 1)] if task.nested else [classes == k for k in range(n + 1)]
     cover = [np.asarray(Image.fromarray(region.astype(np.uint8) * 255).resize((size, size), Image.Resampling.BOX)) for region in regions]
     if task.nested:
-        return np.sum([c > 127 for c in cover], axis=0, dtype=np.uint8)
+        return np.stack([c > 127 for c in cover]).sum(axis=0, dtype=np.uint8)
     return np.argmax(np.stack(cover), axis=0).astype(np.uint8)
 
 
-def _read_bytes(file: Path, root: Path) -> bytes:
-    """Bytes of a regular file of bounded size inside ``root``."""
+def read_bytes(file: Path, root: Path) -> bytes:
+    """Bytes of a regular file of bounded size inside ``root``; :class:`ReadError` otherwise."""
     if not file.resolve().is_relative_to(root.resolve()):
         raise ReadError("is a link that leads out of the data folder; copy the file in")
     try:
@@ -113,20 +112,20 @@ def _read_bytes(file: Path, root: Path) -> bytes:
         return stream.read(MAX_BYTES + 1)
 
 
-class _guard:
-    """Turn whatever a decoder throws at bad bytes into :class:`ReadError`; decoders raise nearly anything."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, ReadError):
-            raise ReadError(f"cannot be decoded ({' '.join(str(error).split())[:120] or type(error).__name__}); export it again") from error
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
+    """Turn whatever a decoder throws at bad bytes into :class:`ReadError`; decoders throw nearly anything."""
+    try:
+        yield
+    except ReadError:
+        raise
+    except Exception as error:
+        raise ReadError(f"cannot be decoded ({' '.join(str(error).split())[:120] or type(error).__name__}); export it again") from error
 
 
 def _decode(data: bytes, size: int | None) -> tuple[Image.Image, int, int]:
     """Decoded upright image, with its upright width and height before any shrinking while decoding."""
-    with _guard(), warnings.catch_warnings():
+    with _decoding(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata; the size limit below is ours
         try:
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -159,15 +158,20 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
     return ((values + 128) // 257).astype(np.uint8)
 
 
+def _opaque(image: Image.Image) -> Image.Image:
+    """RGB of an 8-bit image, what is transparent laid over black."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return image.convert("RGB")
+
+
 def _grey(image: Image.Image) -> np.ndarray:
     """Luminance uint8 [H, W]; equal channels keep their value. Wide values up to 255 are taken as they are."""
     if image.mode in WIDE_MODES:
         values = _wide(image)
-        return values.astype(np.uint8) if 0 <= values.min(initial=0) and values.max(initial=0) <= 255 else _to_8_bit(values)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    return np.asarray(image.convert("RGB").convert("L"))
+        return values.astype(np.uint8) if values.min(initial=0) >= 0 and values.max(initial=0) <= 255 else _to_8_bit(values)
+    return np.asarray(_opaque(image).convert("L"))
 
 
 def _label_values(image: Image.Image, task: Task) -> np.ndarray:
@@ -195,5 +199,5 @@ def _classes(values: np.ndarray, task: Task) -> np.ndarray:
     if unknown:
         shown = ", ".join(map(str, unknown[:8])) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else "")
         raise ReadError(f"has unknown label values {shown}; known: {', '.join(map(str, sorted(task.values)))}; mend the mask or task.values")
-    table = np.array([task.values[int(v)] for v in found], np.uint8)
+    table: np.ndarray = np.array([task.values[int(v)] for v in found], np.uint8)
     return table[np.searchsorted(found, values)]
