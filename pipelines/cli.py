@@ -84,8 +84,8 @@ def parser() -> argparse.ArgumentParser:
     add_root(sub)
     add_json(sub)
 
-    sub = add("materialize", materialize, "build stale assets through Dagster and DVC")
-    sub.add_argument("selection", nargs="?", metavar="SELECTION", help="Dagster asset selection, such as 'key:report' (default: all that is stale)")
+    sub = add("materialize", materialize, "build what is stale, through Dagster and DVC")
+    sub.add_argument("selection", nargs="?", metavar="SELECTION", help="Dagster asset selection, such as key:report (default: all that is stale)")
     sub.add_argument("--target", help="only the assets of this target")
     add_root(sub)
 
@@ -209,7 +209,7 @@ def materialize(options: argparse.Namespace) -> int:
     """Build what is stale, or a selection."""
     from pipelines.plan import materialize as build
 
-    build(options.root, options.selection, options.target)
+    print("\n".join(build(options.root, options.selection, options.target)) or "everything is up to date")
     return 0
 
 
@@ -217,7 +217,7 @@ def sync(options: argparse.Namespace) -> int:
     """dvc.lock -> Dagster."""
     from pipelines.sync import sync as report
 
-    report(options.root)
+    print("\n".join(report(options.root)) or "Dagster knows everything already")
     return 0
 
 
@@ -261,3 +261,7 @@ def export(options: argparse.Namespace) -> int:
     for target, count in export_folder(options.run, options.out).items():
         print(f"{options.out / target}: {count} pairs")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""The command line: exit codes, words of errors, what is written and what is not."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+
+from alignflow_core.config import Task
+from alignflow_core.pairs import Pairs, write_pairs
+from alignflow_core.stages import artifact_dir
+from pipelines.cli import main
+from pipelines.compose import options as names
+from pipelines.export import mask_values
+
+
+def test_help_answers_at_once() -> None:
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "pipelines.cli", "--help"], capture_output=True, text=True, check=True)
+    assert time.monotonic() - started < 1.5  # 0.05 s on an idle machine; the promise is 0.5 s
+    assert "raw folders -> report" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["run", "--source", "x"], ["export", "x", "--format", "zip", "--out", "y"]])
+def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_compose_writes_params_and_checks_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = ["--root", str(tmp_path)]
+    assert main(["compose", "--check", *root]) == 2  # nothing there yet
+    assert main(["compose", "profile=smoke", "seed=3", *root]) == 0
+    assert yaml.safe_load((tmp_path / "params.yaml").read_text(encoding="utf-8"))["seed"] == 3
+    assert main(["compose", "--check", "profile=smoke", "seed=3", *root]) == 0
+    capsys.readouterr()
+    assert main(["compose", "--check", "profile=smoke", *root]) == 3
+    assert "differs in seed" in capsys.readouterr().err
+    assert main(["compose", "sede=3", *root]) == 2
+    assert "error: configuration: sede: unknown key (did you mean 'seed'?)" in capsys.readouterr().err
+
+
+def test_check_lists_every_problem(phantom_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = phantom_root / "data" / "source" / "standard"
+    assert main(["check", str(good), "--task", "refuge"]) == 0
+    bad = tmp_path / "bad"
+    shutil.copytree(good, bad)
+    images = sorted((bad / "images").iterdir())
+    (bad / "masks" / images[0].name).unlink()
+    images[1].write_bytes(b"no picture")
+    capsys.readouterr()
+    assert main(["check", str(bad), "--task", "refuge"]) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert images[0].stem in told
+    assert images[1].name in told
+    assert main(["check", str(bad), "--task", "refuge", "--json"]) == 2
+    assert len(json.loads(capsys.readouterr().out)["problems"]) >= 2
+    assert main(["check", str(good), "--task", "refuse"]) == 2
+    assert "did you mean 'refuge'" in capsys.readouterr().err
+
+
+def run_arguments(root: Path, out: Path, **changed: str) -> list[str]:
+    """A whole ``alignflow run`` on the small phantom, profile smoke."""
+    given = {"source": str(root / "data/source/standard"), "target": f"amber={root / 'data/target/amber'}", "references": "5",
+             "task": "refuge", "out": str(out)} | changed
+    return ["run", *(word for name, value in given.items() for word in (f"--{name}", value)), "--quiet", "profile=smoke"]
+
+
+@pytest.mark.parametrize(("changed", "words"), [
+    ({"source": "/nowhere/at-all"}, ["/nowhere/at-all"]),
+    ({"target": "amber"}, ["NAME=DIR"]),
+    ({"target": "am ber=/nowhere"}, ["letters, digits", "/nowhere"]),
+    ({"references": "/no/references"}, ["--references /no/references", "images"]),
+    ({"references": "0"}, ["references.count", "at least 1"]),
+    ({"task": "phantom"}, ["--task phantom", "refuge"]),
+    ({"task": "binry"}, ["did you mean 'binary'"]),
+])
+def test_bad_input_to_run_writes_nothing(changed: dict[str, str], words: list[str], phantom_root: Path, tmp_path: Path,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(run_arguments(phantom_root, tmp_path / "out", **changed)) == 2
+    told = capsys.readouterr().err
+    assert all(word in told for word in words), told
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_lists_the_problems_of_all_folders_at_once(phantom_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "source" / "images").mkdir(parents=True)
+    (tmp_path / "target" / "images").mkdir(parents=True)
+    arguments = run_arguments(phantom_root, tmp_path / "out", source=str(tmp_path / "source"), target=f"t={tmp_path / 'target'}")
+    assert main([*arguments, "align.rhoo=1"]) == 2
+    told = capsys.readouterr().err
+    assert all(word in told for word in (str(tmp_path / "source"), str(tmp_path / "target"), "align.rhoo"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_builds_a_report_then_finds_it_up_to_date_and_exports(phantom_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    arguments = run_arguments(phantom_root, out)
+    assert main(arguments) == 0
+    page = Path(capsys.readouterr().out.removeprefix("report: ").strip())
+    assert page.stat().st_size > 10_000
+    built = page.stat().st_mtime_ns
+    assert main([word for word in arguments if word != "--quiet"]) == 0
+    told = capsys.readouterr().err
+    assert "built in" not in told
+    assert told.count("up to date") == 15
+    assert page.stat().st_mtime_ns == built
+
+    assert main(["export", str(out), "--out", str(tmp_path / "pairs")]) == 0
+    table = pd.read_csv(tmp_path / "pairs" / "amber" / "manifest.csv")
+    kept = pd.read_parquet(out / artifact_dir("filter", "amber") / "manifest.parquet")["kept"].sum()
+    for part in ("images", "masks"):
+        assert {file.stem for file in (tmp_path / "pairs" / "amber" / part).iterdir()} == set(table["pair_id"].astype(str))
+    assert len(table) == kept
+
+
+def test_export_writes_masks_as_the_task_reads_them(smoke_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    for target in ("amber", "violet"):
+        folders = [smoke_root / artifact_dir(stage, target) for stage in ("sample_aligned", "filter")]
+        for folder in folders:
+            folder.mkdir(parents=True)
+        ids = [f"p{i}" for i in range(4)]
+        images = rng.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+        masks = rng.integers(0, 3, (4, 8, 8), dtype=np.uint8)
+        write_pairs(folders[0], Pairs(images, masks, tuple(ids), pd.DataFrame({"pair_id": ids, "mask_id": ids, "seed": range(4)})))
+        pd.DataFrame({"pair_id": ids, "kept": [True, False, True, True], "reason": ["", "copy", "", ""],
+                      "novelty": 1.0}).to_parquet(folders[1] / "manifest.parquet")
+    out = tmp_path / "pairs"
+    assert main(["export", str(smoke_root), "--out", str(out)]) == 0
+    assert sorted(file.name for file in (out / "violet" / "masks").iterdir()) == ["p0.png", "p2.png", "p3.png"]
+    assert np.array_equal(np.array(Image.open(out / "violet/images/p2.png")), images[2])
+    assert np.array_equal(np.array(Image.open(out / "violet/masks/p2.png")), np.array([255, 128, 0], np.uint8)[masks[2]])
+    assert main(["export", str(smoke_root), "--out", str(out)]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_mask_values_of_every_kind_of_task() -> None:
+    assert mask_values(Task(kind="binary")).tolist() == [0, 255]
+    assert mask_values(Task(kind="refuge", classes=("disc", "cup"), nested=True)).tolist() == [255, 128, 0]
+    assert mask_values(Task(kind="labels", classes=("a", "b"), values={0: 0, 10: 2, 20: 1, 30: 1})).tolist() == [0, 20, 10]
+
+
+def test_phantom_refuses_to_overwrite(phantom_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["phantom", str(phantom_root)]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_doctor_tells_what_is_missing_and_how_to_mend_it(smoke_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor", "--root", str(smoke_root), "--json"])
+    findings = {(f["subject"], f["state"]): f["remedy"] for f in json.loads(capsys.readouterr().out)}
+    assert findings["data", "data/source/standard: 28 images"] == ""
+    assert main(["doctor", "--root", str(tmp_path)]) == 1
+    assert "alignflow compose" in capsys.readouterr().out
+
+
+def test_help_of_check_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["check", "--help"])
+    told = capsys.readouterr().out
+    assert all(name in told for name in names("task"))
