@@ -97,12 +97,12 @@ def resize_classes(classes: np.ndarray, task: Task, size: int) -> np.ndarray:
 
 def read_bytes(file: Path, root: Path) -> bytes:
     """Bytes of a regular file of bounded size inside ``root``; :class:`ReadError` otherwise."""
-    if not file.resolve().is_relative_to(root.resolve()):
-        raise ReadError("is a link that leads out of the data folder; copy the file in")
     try:
+        if not file.resolve().is_relative_to(root.resolve()):
+            raise ReadError("is a link that leads out of the data folder; copy the file in")
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # non-blocking: a pipe must not hang the check
-    except OSError as error:
-        raise ReadError(f"cannot be opened ({error.strerror}); check the file and its permissions") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise ReadError(f"cannot be opened ({getattr(error, 'strerror', None) or error}); check the file and its permissions") from error
     with os.fdopen(descriptor, "rb") as stream:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):

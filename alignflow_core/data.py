@@ -1,0 +1,160 @@
+"""Raw folders -> checked, resized, split and hashed pairs; and the few references that the method may see."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from alignflow_core.config import Task
+from alignflow_core.errors import InputError
+from alignflow_core.folders import GROUP_FILES, Case, Listing, check_folder
+from alignflow_core.readers import ReadError, read_image, read_mask
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SPLITS = ("train", "val", "test")
+
+
+def split_groups(groups: Sequence[str], shares: tuple[float, float, float], seed: int, domain: str) -> dict[str, str]:
+    """Group -> split. Whole groups, the larger first and equal ones in an order drawn by the seed, go where most is missing.
+
+    Args:
+        groups: the group of each case.
+        shares: of train, val and test among the cases; a split with a share is never left empty.
+
+    Raises:
+        InputError: fewer groups than splits with a share.
+    """
+    from alignflow_core.seeding import derive_seed
+
+    sizes = Counter(groups)
+    wanted = [s for s, share in zip(SPLITS, shares, strict=True) if share > 0]
+    if len(sizes) < len(wanted):
+        raise InputError(f"{domain}: has {len(sizes)} patient or sequence group(s), splitting into {', '.join(wanted)} needs at least "
+                         f"{len(wanted)}; add cases, or set a share of data.source_split or data.target_split to 0")
+    missing = {s: share * len(groups) for s, share in zip(SPLITS, shares, strict=True) if share > 0}
+    chosen: dict[str, str] = {}
+    order = sorted(sizes, key=lambda group: (-sizes[group], derive_seed(seed, "split", domain, group)))
+    for left, group in zip(range(len(order), 0, -1), order, strict=True):
+        empty = [s for s in wanted if s not in chosen.values()]
+        split = max(empty if len(empty) == left else wanted, key=lambda s: missing[s])
+        chosen[group] = split
+        missing[split] -= sizes[group]
+    return chosen
+
+
+def run_data(config: Any, inputs: Mapping[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
+    """Stage ``data``: one domain's folder -> ``images.npy``, ``masks.npy``, ``manifest.parquet`` at the working size.
+
+    Pixels are written case by case into mapped arrays; memory does not grow with the folder.
+    """
+    import pandas as pd
+
+    folder = context.root / config.domain.dir
+    listing = check_folder(folder, config.task, root=context.root, progress=context.progress)
+    shares = config.data.source_split if context.key == config.source else config.data.target_split
+    split_of = split_groups([case.group for case in listing.cases], shares, config.data.seed, context.key)
+    n, size = len(listing.cases), config.data.size
+    _write_arrays(listing, config.task, size, out_dir, context.progress)
+    table = pd.DataFrame([_row(case, context.key) | {
+        "split": split_of[case.group], "image_file": case.image_file, "mask_file": case.mask_file, "image_sha256": case.image_sha256,
+        "mask_sha256": case.mask_sha256, "width": case.width, "height": case.height} for case in listing.cases])
+    table.to_parquet(out_dir / "manifest.parquet", index=False)
+    counts, pixels = table["split"].value_counts(), np.bincount(np.load(out_dir / "masks.npy", mmap_mode="r").reshape(-1))
+    areas = {f"area_{name}": float(pixels[k:k + 1].sum()) / (n * size * size) for k, name in enumerate(config.task.classes, 1)}
+    return {f"n_{split}": float(counts.get(split, 0)) for split in SPLITS} | areas | {
+        "n_groups": float(table["group"].nunique()), "n_empty_masks": float(len(listing.empty_masks))}
+
+
+def run_references(config: Any, inputs: Mapping[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
+    """Stage ``references``: the target images that the method may see, in an order drawn by ``references.seed``.
+
+    Either ``count`` images of the domain's training split (a smaller count is a subset of a larger), or a folder of their own.
+    The last ``held_out_fraction`` of them steer when alignment stops.
+
+    Raises:
+        InputError: too few images; a reference that is in the test split by content or by group.
+    """
+    import pandas as pd
+
+    from alignflow_core.seeding import derive_seed
+
+    wanted, domain = config.references, config.target_domain
+    manifest = pd.read_parquet(inputs["data:target"] / "manifest.parquet")
+    if wanted.dir is None:
+        table = manifest[manifest["split"] == "train"]
+        if len(table) < wanted.count:
+            raise InputError(f"targets.{context.key}.references.count: {wanted.count} wanted, the training split of '{domain}' has {len(table)}; "
+                             "lower the count or give references.dir")
+        drawn = sorted(table.index, key=lambda i: derive_seed(wanted.seed, "references", table.at[i, "stem"]))[:wanted.count]
+        table = table.loc[drawn]
+        for name in ("images.npy", "masks.npy"):
+            np.save(out_dir / name, np.load(inputs["data:target"] / name, mmap_mode="r")[drawn])
+        labelled, places = True, [f"{domain}: {file}" for file in table["image_file"]]
+    else:
+        listing = check_folder(context.root / wanted.dir, config.task, labelled=False, root=context.root)
+        cases = sorted(listing.cases, key=lambda case: derive_seed(wanted.seed, "references", case.stem))
+        known = dict(zip(manifest["stem"], manifest["group"], strict=True))
+        own_groups = any((listing.folder / name).exists() for name in GROUP_FILES)
+        cases = [case if own_groups else replace(case, group=known.get(case.stem, case.group)) for case in cases]
+        listing = replace(listing, cases=tuple(cases))
+        table = pd.DataFrame([_row(case, domain) | {"image_file": case.image_file, "image_sha256": case.image_sha256,
+                                                    "width": case.width, "height": case.height} for case in cases])
+        labelled, places = listing.labelled, [str(listing.folder / case.image_file) for case in cases]
+    _refuse_test_images(table, places, manifest[manifest["split"] == "test"], domain)
+    if wanted.dir is not None:
+        _write_arrays(listing, config.task, config.data.size, out_dir, context.progress)
+    n = len(table)
+    n_held_out = max(1, round(wanted.held_out_fraction * n)) if n >= 3 and wanted.held_out_fraction > 0 else 0
+    table = table.assign(role=["align"] * (n - n_held_out) + ["held_out"] * n_held_out, labelled=labelled)
+    columns = ["case_id", "stem", "domain", "group", "role", "labelled", "image_file", "image_sha256", "width", "height"]
+    table[columns].to_parquet(out_dir / "manifest.parquet", index=False)
+    return {"n_references": float(n), "n_align": float(n - n_held_out), "n_held_out": float(n_held_out), "labelled": float(labelled)}
+
+
+def _row(case: Case, domain: str) -> dict[str, object]:
+    """The columns that both manifests begin with."""
+    return {"case_id": hashlib.sha256(f"{domain}/{case.stem}".encode()).hexdigest()[:16], "stem": case.stem, "domain": domain, "group": case.group}
+
+
+def _write_arrays(listing: Listing, task: Task, size: int, out_dir: Path, progress: Callable[[int, int, str], None]) -> None:
+    """Resized pixels of the cases, in their order: ``images.npy`` [N, size, size, 3] and, if labelled, ``masks.npy`` [N, size, size]."""
+    n = len(listing.cases)
+    images = np.lib.format.open_memmap(out_dir / "images.npy", "w+", np.uint8, (n, size, size, 3))
+    masks = np.lib.format.open_memmap(out_dir / "masks.npy", "w+", np.uint8, (n, size, size)) if listing.labelled else None
+    for i, case in enumerate(listing.cases):
+        try:
+            picture = read_image(listing.folder / case.image_file, listing.root, size)
+            images[i] = picture.pixels
+            hashes = [picture.sha256, case.mask_sha256]
+            if masks is not None:
+                picture = read_mask(listing.folder / case.mask_file, listing.root, task, size)
+                masks[i], hashes[1] = picture.pixels, picture.sha256
+        except ReadError as error:
+            raise InputError(f"{listing.folder / case.image_file}: changed since it was checked ({error}); run again") from error
+        if hashes != [case.image_sha256, case.mask_sha256]:
+            raise InputError(f"{listing.folder / case.image_file}: it or its mask changed since it was checked; run again")
+        progress(i + 1, n, "resized")
+    images.flush()
+    if masks is not None:
+        masks.flush()
+
+
+def _refuse_test_images(table: "pd.DataFrame", places: Sequence[str], test: "pd.DataFrame", domain: str) -> None:
+    """Stop where a reference is a test image of its domain by content, or of a patient or sequence that is."""
+    contents = dict(zip(test["image_sha256"], test["image_file"], strict=True))
+    by_group = dict(zip(test["group"].astype(str), test["image_file"], strict=True))
+    problems = []
+    for place, sha256, group in zip(places, table["image_sha256"], table["group"].astype(str), strict=True):
+        if sha256 in contents:
+            problems.append(f"{place}: is the test image {contents[sha256]} of '{domain}'; take another reference or remove it from the domain")
+        elif group in by_group:
+            problems.append(f"{place}: belongs to group '{group}' of the test image {by_group[group]} of '{domain}'; take another reference, "
+                            "or if it is another patient rename the file or give the references a groups.csv")
+    if problems:
+        raise InputError(*problems)
