@@ -16,10 +16,11 @@ import torch
 
 from alignflow_core.config import Filter, Segment, Task
 from alignflow_core.devices import prepare
-from alignflow_core.metrics.copying import copy_check
+from alignflow_core.metrics.copying import novelty_check
 from alignflow_core.networks.segmenters import build_segmenter, mean_dice, predict
 from alignflow_core.pairs import Pairs, read_pairs, to_unit
 from alignflow_core.reward.encoders import fit_encoder
+from alignflow_core.seeding import derive_seed
 from alignflow_core.segmenter_fit import Diet, fit
 
 
@@ -27,16 +28,18 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
     """Score every aligned pair and write ``manifest.parquet`` with ``kept`` and the first reason against."""
     settings: Filter = config.filter
     pairs, references = read_pairs(inputs["sample_aligned"]), read_pairs(inputs["references"])
-    train, held_out = (read_pairs(inputs["data:source"], split) for split in ("train", "val"))
+    train = read_pairs(inputs["data:source"], "train")
     outlyingness = _outlyingness(pairs, train)
-    copies = copy_check(pairs.images, references.images, held_out.images, held_out.table["group"].to_numpy(), settings.copy_quantile)
+    draw = np.random.Generator(np.random.PCG64(derive_seed(config.seed, "filter", context.key, "novelty")))
+    novelty, copied = novelty_check(pairs.images, references.images, train.images, train.table["group"].to_numpy(), settings.copy_quantile, draw)
     agreement = _cross_judged(config, pairs, context)
-    reasons = np.select([copies.flagged, outlyingness > settings.outlier_limit, agreement < settings.agreement_ratio * np.median(agreement)],
+    reasons = np.select([copied, outlyingness > settings.outlier_limit, agreement < settings.agreement_ratio * np.median(agreement)],
                         ["near copy of a reference", "implausible image", "image does not follow its mask"], default="")
-    table = pd.DataFrame({"pair_id": pairs.ids, "kept": reasons == "", "reason": reasons, "novelty": copies.ratio,
+    table = pd.DataFrame({"pair_id": pairs.ids, "kept": reasons == "", "reason": reasons, "novelty": novelty,
                           "outlyingness": outlyingness, "agreement": agreement})
     if not table["kept"].any():
-        raise RuntimeError(f"filter refused all {len(table)} pairs ({table['reason'].value_counts().to_dict()}); loosen the filter section or align again")
+        raise RuntimeError(f"filter refused all {len(table)} pairs ({table['reason'].value_counts().to_dict()}); "
+                           "loosen the filter section or align again")
     table.to_parquet(out_dir / "manifest.parquet", index=False)
     return {"kept_fraction": float(table["kept"].mean()), "mask_agreement": float(np.mean(agreement)),
             **{f"refused_{name.replace(' ', '_')}": float((reasons == name).mean()) for name in

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from alignflow_core.metrics.copying import copy_check, distances, thumbnails
+from alignflow_core.metrics.copying import copy_check, distances, novelty_check, thumbnails
 
 
 def textures(n: int, seed: int) -> np.ndarray:
@@ -45,3 +45,15 @@ def test_distance_is_least_over_the_eight_symmetries():
     a = textures(1, 6)
     for turned in (np.rot90(a, 2, (1, 2)), a[:, :, ::-1], a.transpose(0, 2, 1, 3)):
         assert distances(thumbnails(turned), thumbnails(a))[0, 0] == pytest.approx(0, abs=0.02)
+
+
+def test_novelty_needs_no_unseen_target_image():
+    """Smooth source, rougher and tinted target: real target images pass although all lie far from the source; a turned copy does not."""
+    def target(n: int, seed: int) -> np.ndarray:
+        return (textures(n, seed) * [0.9, 0.6, 0.3] + np.random.default_rng(seed).normal(0, 8, (n, 32, 32, 3))).clip(0, 255).astype(np.uint8)
+
+    references, fresh = target(8, 7), target(100, 8)
+    copy = (references[4] * 0.9).astype(np.uint8)[::-1]
+    ratio, flagged = novelty_check(np.concatenate([copy[None], fresh]), references, textures(80, 9), np.arange(80), 0.01, np.random.default_rng(0))
+    assert flagged[0] and ratio[0] < 0.2 and flagged[1:].mean() <= 0.05
+    assert np.median(ratio[1:]) == pytest.approx(1, abs=0.15)

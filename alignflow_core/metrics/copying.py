@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-from scipy.spatial.distance import cdist
 from scipy.stats import betabinom
 
 SIDE = 16
+SOURCE_POOL = 400  # source images from which mock reference sets are drawn
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,11 @@ def distances(queries: np.ndarray, bank: np.ndarray) -> np.ndarray:
     """Distance of every query to every bank thumbnail, the least over the 8 flips and quarter turns, [N, M]."""
     flat = bank.reshape(len(bank), -1)
     turned = [np.rot90(q, turns, (1, 2)) for q in (queries, queries[:, :, ::-1]) for turns in range(4)]
-    found = np.full((len(queries), len(bank)), np.inf)
+    likeness = np.full((len(queries), len(bank)), -np.inf)  # norms are those of the unturned, so the nearest has the largest product
     for query in turned:
-        np.minimum(found, cdist(query.reshape(len(query), -1), flat), out=found)
-    return found / np.sqrt(flat.shape[1])
+        np.maximum(likeness, query.reshape(len(query), -1) @ flat.T, out=likeness)
+    squares = (queries ** 2).sum((1, 2, 3))[:, None] + (flat ** 2).sum(1) - 2 * likeness
+    return np.sqrt(np.maximum(squares, 0) / flat.shape[1])
 
 
 def copy_check(queries: np.ndarray, bank: np.ndarray, held_out: np.ndarray, groups: np.ndarray, quantile: float) -> CopyCheck:
@@ -89,3 +90,41 @@ def copy_check(queries: np.ndarray, bank: np.ndarray, held_out: np.ndarray, grou
     rank = max(1, int(quantile * (len(held_out) + 1)))
     threshold = float(calibration[rank - 1])
     return CopyCheck(nearest, distance, ratio, threshold, ratio < threshold, rank, len(held_out))
+
+
+def novelty_check(queries: np.ndarray, references: np.ndarray, source: np.ndarray, groups: np.ndarray, quantile: float,
+                  rng: np.random.Generator, draws: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    """Copies of references, for a method that has no other image of the target.
+
+    Without unseen target images the yardstick is the references' own spacing (the median distance from one to the nearest
+    other), and how small a ratio real images reach is learned on the source, where mock reference sets of the same size
+    are drawn. Source images themselves are no yardstick: whatever has come to look like the target lies nearer to the references.
+
+    Args:
+        queries, references, source: uint8 [N, H, W, 3].
+        groups: patient or sequence of each source image.
+        quantile: share of real images that may be flagged, as far as the target's spacing is like the source's
+            (a single reference has no spacing: then only as far as the target is as varied as the source).
+
+    Returns:
+        Distance to the nearest reference in units of the spacing, [N], and which are flagged, bool [N].
+    """
+    bank = thumbnails(references)
+    ratio = distances(thumbnails(queries), bank).min(1) / _spacing(distances(bank, bank))
+    pool = np.unique(np.linspace(0, len(source) - 1, min(SOURCE_POOL, len(source))).astype(int))
+    groups = groups[pool]
+    among = distances(small := thumbnails(source[pool]), small)
+    found = []
+    for _ in range(draws):
+        mock = rng.permutation(len(pool))[:len(references)]
+        fresh = ~np.isin(groups, groups[mock])
+        found.append(among[np.ix_(fresh, mock)].min(1) / _spacing(among[np.ix_(mock, mock)]))
+    calibration = np.concatenate(found)
+    threshold = np.quantile(calibration, quantile) if len(calibration) else -np.inf
+    return ratio, ratio < threshold
+
+
+def _spacing(among: np.ndarray) -> float:
+    """Median distance to the nearest other member, from distances [n, n]; 1 for a single member (thumbnails are standardised)."""
+    apart = among + np.diag(np.full(len(among), np.inf))
+    return max(float(np.median(apart.min(1))), 1e-9) if len(among) > 1 else 1.0
