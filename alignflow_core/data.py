@@ -59,15 +59,15 @@ def run_data(config: Any, inputs: Mapping[str, Path], out_dir: Path, context: An
     listing = check_folder(folder, config.task, root=context.root, progress=context.progress)
     shares = config.data.source_split if context.key == config.source else config.data.target_split
     split_of = split_groups([case.group for case in listing.cases], shares, config.data.seed, context.key)
-    n, size = len(listing.cases), config.data.size
-    _write_arrays(listing, config.task, size, out_dir, context.progress)
+    _write_arrays(listing, config.task, config.data.size, out_dir, context.progress)
     table = pd.DataFrame([_row(case, context.key) | {
         "split": split_of[case.group], "image_file": case.image_file, "mask_file": case.mask_file, "image_sha256": case.image_sha256,
         "mask_sha256": case.mask_sha256, "width": case.width, "height": case.height} for case in listing.cases])
     table.to_parquet(out_dir / "manifest.parquet", index=False)
-    counts, pixels = table["split"].value_counts(), np.bincount(np.load(out_dir / "masks.npy", mmap_mode="r").reshape(-1))
-    areas = {f"area_{name}": float(pixels[k:k + 1].sum()) / (n * size * size) for k, name in enumerate(config.task.classes, 1)}
-    return {f"n_{split}": float(counts.get(split, 0)) for split in SPLITS} | areas | {
+    counts, masks = table["split"].value_counts(), np.load(out_dir / "masks.npy", mmap_mode="r")
+    numbers = range(1, len(config.task.classes) + 1)
+    area = {k: sum(int((mask >= k if config.task.nested else mask == k).sum()) for mask in masks) / masks.size for k in numbers}
+    return {f"n_{split}": float(counts.get(split, 0)) for split in SPLITS} | {f"area_{config.task.classes[k - 1]}": area[k] for k in numbers} | {
         "n_groups": float(table["group"].nunique()), "n_empty_masks": float(len(listing.empty_masks))}
 
 
