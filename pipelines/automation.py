@@ -33,9 +33,8 @@ def new_observations(root: Path, instance: dg.DagsterInstance) -> Iterator[dg.As
     """One observation for every input whose content differs from what Dagster last saw."""
     for (asset, key), version in input_versions(root).items():
         seen = instance.fetch_observations(dg.AssetRecordsFilter(dg.AssetKey(asset), asset_partitions=[key]), limit=1).records
-        tags = seen[0].event_log_entry.tags if seen else {}
-        observation = seen[0].asset_observation if seen else None
-        if observation is None or (observation.tags or tags).get(DATA_VERSION_TAG) != version:
+        latest = seen[0].asset_observation if seen else None
+        if latest is None or (latest.tags or {}).get(DATA_VERSION_TAG) != version:
             yield dg.AssetObservation(asset, partition=key, tags={DATA_VERSION_TAG: version})
 
 

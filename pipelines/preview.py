@@ -6,6 +6,7 @@ Nor do columns that may hold names of patients.
 
 import base64
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import dagster as dg
 
 from alignflow_core.artifact import read_json
 from alignflow_core.runner import provenance_file
-from alignflow_core.stages import STAGES, artifact_dir
+from alignflow_core.stages import artifact_dir
 
 TABLES = {
     "data": "manifest.parquet", "references": "manifest.parquet", "align": "gates.parquet", "filter": "manifest.parquet",
@@ -31,13 +32,14 @@ def metadata(root: Path, stage: str, key: str | None) -> dict[str, Any]:
     provenance = read_json(provenance_file(root, stage, key))
     found: dict[str, Any] = {
         "path": dg.MetadataValue.path(str(folder)), "seconds": provenance["seconds"], "seed": provenance["seed"],
-        "profile": provenance["profile"], **read_json(folder / "metrics.json"),
+        "profile": provenance["profile"],
+        **{name: value for name, value in read_json(folder / "metrics.json").items() if math.isfinite(value)},
     }
     if stage in TABLES and (folder / TABLES[stage]).exists():
         found["table"] = _table(folder / TABLES[stage], SHARED_COLUMNS.get(stage))
     if stage in PAINTED and (folder / "images.npy").exists():
         found["images"] = _grid(folder / "images.npy")
-    if STAGES[stage].name == "report" and (folder / "index.html").exists():
+    if stage == "report" and (folder / "index.html").exists():
         found["page"] = dg.MetadataValue.path(str(folder / "index.html"))
     return found
 

@@ -79,8 +79,8 @@ def _materialization(root: Path, instance: "dg.DagsterInstance", graph: "dg.Asse
     }
     for upstream in graph.get(dg.AssetKey(stage.asset)).parent_keys:
         event = latest_event(instance, upstream)
-        if event:
-            logged = event.asset_materialization or event.asset_observation
+        logged = event and (event.asset_materialization or event.asset_observation)
+        if event and logged:
             tags[f"dagster/input_data_version/{upstream.to_user_string()}"] = (logged.tags or {})["dagster/data_version"]
             tags[f"dagster/input_event_pointer/{upstream.to_user_string()}"] = str(event.storage_id)
     return dg.AssetMaterialization(stage.asset, partition=key, tags=tags, metadata=preview.metadata(root, stage.name, key))

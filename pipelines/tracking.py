@@ -33,7 +33,8 @@ def store_uri(root: Path) -> str:
 def client(root: Path) -> "MlflowClient":
     """Client of the project's store; the first call creates it (several seconds)."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # 60 lines at the first call
+    for chatty in ("alembic", "mlflow.store.db.utils"):  # 60 lines at the first call
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=store_uri(root))
@@ -65,7 +66,7 @@ def record(root: Path, stage: str, key: str | None) -> str:
         return str(found[0].info.run_id)
     if found:  # interrupted while it was being recorded
         store.delete_run(found[0].info.run_id)
-    axes = _axes(project, stage, key)
+    axes = _axes(root, project, stage, key)
     tags = {"stage": stage, "node": node, "content": provenance["content"], "profile": provenance["profile"],
             FINGERPRINT: provenance["fingerprint"], **axes}
     run_id = str(store.create_run(experiment, run_name=node, tags=tags).info.run_id)
@@ -85,15 +86,17 @@ def _experiment(store: "MlflowClient", root: Path, project: Project) -> str:
     return str(store.create_experiment(project.task.name, artifact_location=(root / "mlruns").as_uri()))
 
 
-def _axes(project: Project, stage: str, key: str | None) -> dict[str, str]:
+def _axes(root: Path, project: Project, stage: str, key: str | None) -> dict[str, str]:
     """What ablations are compared by, as tags and params."""
     if STAGES[stage].scope == "domain":
         return {"domain": str(key)}
     if STAGES[stage].scope == "project":
         return {}
     target = project.targets[str(key)]
+    drawn = root / artifact_dir("references", key) / "metrics.json"  # a folder of references says itself how many there are
+    count = int(read_json(drawn).get("n_references", target.references.count)) if drawn.exists() else target.references.count
     return {"target": str(key), "domain": target.domain, "reward": target.align.reward, "encoder": target.align.encoder,
-            "gradient": target.align.gradient, "n_references": str(target.references.count), "generator_seed": str(project.seed)}
+            "gradient": target.align.gradient, "n_references": str(count), "generator_seed": str(project.seed)}
 
 
 def _flat(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
@@ -114,7 +117,7 @@ def _log_numbers(store: "MlflowClient", run_id: str, folder: Path, params: Mappi
     values = [Param(name, value[:VALUE_LENGTH]) for name, value in params.items()]
     metrics = [Metric(name, float(value), now, 0) for name, value in read_json(folder / "metrics.json").items()]
     curves = pd.read_parquet(folder / "curves.parquet")
-    metrics += [Metric(f"curve/{name}", float(value), now, int(step)) for step, name, value in curves.itertuples(index=False)]
+    metrics += [Metric(f"curve/{name.replace('+', '_plus_')}", float(value), now, int(step)) for step, name, value in curves.itertuples(index=False)]
     for start in range(0, len(values), PARAM_BATCH):
         store.log_batch(run_id, params=values[start:start + PARAM_BATCH])
     for start in range(0, len(metrics), METRIC_BATCH):
@@ -193,7 +196,7 @@ def _intervals(store: "MlflowClient", experiments: list[str], metric: str) -> di
     runs = store.search_runs(experiments, "tags.stage = 'compare'", order_by=[f"tags.`{RECORDED_AT}` DESC"], max_results=1)
     if not runs:
         return {}
-    read = {each.dataset.name.partition("@")[2]: each.dataset.digest for each in runs[0].inputs.dataset_inputs}
+    read = {each.dataset.name.partition("@")[2]: each.dataset.digest for each in (runs[0].inputs.dataset_inputs if runs[0].inputs else [])}
     table = json.loads(Path(store.download_artifacts(runs[0].info.run_id, "comparison.json")).read_text(encoding="utf-8"))
     rows = (dict(zip(table["columns"], row, strict=True)) for row in table["data"])
     return {(read[row["target"]], row["target"], row["arm"]): (row["mean"], row["ci_low"], row["ci_high"]) for row in rows if row["metric"] == metric}

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from toy_project import built_toy as built_toy  # a session's worth of set-up, shared by the tests of DVC, Dagster and MLflow
 
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")  # read when torch and numpy are loaded: two pytest workers share two cores

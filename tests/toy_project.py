@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import yaml
 
 REPOSITORY = Path(__file__).parents[1]
@@ -56,7 +57,7 @@ def build(config, inputs, out_dir, context):
         return {"kept_fraction": 1.0}
     if stage == "evaluate":
         pd.DataFrame({"pair_id": ["p"], "kept": True, "bank": "references", "flagged": False}).to_parquet(out_dir / "copying.parquet")
-        return {"dice_source": 0.5, "dice_aligned": 0.75, "copy_false_flag_rate_references": 0.01}
+        return {"dice_source": 0.5, "dice_aligned": 0.75, "copy_chance_limit_references": 1.0}
     if stage == "compare":
         rows = [(name.partition(":")[2], arm, "source", "dice", 9, mean, mean - .1, mean + .1)
                 for name in inputs for arm, mean in (("source", .5), ("aligned", .75))]
@@ -145,3 +146,27 @@ FAN_IN = ("compare", "report")
 def rebuilt(target: str) -> Counter[str]:
     """What must run when one reference of a target was replaced."""
     return Counter([*(f"{stage}@{target}" for stage in DOWNSTREAM_OF_REFERENCES), *FAN_IN])
+
+
+@pytest.fixture(scope="session")
+def built_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy project that ``dvc repro`` has built from a clean checkout. Copy it before changing it (:func:`copied`)."""
+    from pipelines import tracking
+
+    root = write_project(tmp_path_factory.mktemp("toy") / "project")
+    (root / ".gitignore").write_text("/data/\n/artifacts/\n/.alignflow/\n/mlflow.db\n/mlruns/\n/calls.txt\n__pycache__/\n")
+    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
+        subprocess.run(command, cwd=root, check=True)
+    shutil.copyfile(REPOSITORY / ".dvc" / "config", root / ".dvc" / "config")
+    run(root, "-m", "pipelines.dvcfile")
+    run(root, "-m", "dvc", "add", "-q", "--no-commit", "data")  # hash only, as a clean checkout has it: nothing is in the cache
+    run(root, "-m", "dvc", "repro", "-q")
+    tracking.client(root).search_experiments()  # creating the database takes seconds, copying it does not
+    return root
+
+
+def copied(root: Path, to: Path) -> Path:
+    """A copy with a clean record of calls."""
+    copy = shutil.copytree(root, to / "project", symlinks=True)
+    (copy / "calls.txt").unlink(missing_ok=True)
+    return copy

@@ -1,0 +1,64 @@
+"""The project through DVC's own commands: everything once, then nothing, then exactly what a change reaches."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from toy_project import REPOSITORY, calls, copied, rebuilt, replace_reference, run, set_param
+
+STAGE_COUNT = 3 + 7 + 2 * 6  # domains, shared, targets
+
+
+def repro(root: Path) -> Counter[str]:
+    """``dvc repro``; returns the stages that ran."""
+    calls(root)
+    run(root, "-m", "dvc", "repro", "-q")
+    return calls(root)
+
+
+def test_a_clean_checkout_builds_everything_once(built_toy: Path, tmp_path: Path) -> None:
+    ran = Counter((built_toy / "calls.txt").read_text().split())
+    assert set(ran.values()) == {1}
+    assert len(ran) == STAGE_COUNT
+    root = copied(built_toy, tmp_path)
+    assert repro(root) == Counter()
+    assert "up to date" in run(root, "-m", "dvc", "status")
+
+
+def test_a_replaced_reference_reaches_its_target_and_the_fan_in_only(built_toy: Path, tmp_path: Path) -> None:
+    root = copied(built_toy, tmp_path)
+    before = yaml.safe_load((root / "data.dvc").read_text())["outs"][0]["md5"]
+    replace_reference(root, "amber")
+    assert repro(root) == rebuilt("amber")
+    assert yaml.safe_load((root / "data.dvc").read_text())["outs"][0]["md5"] != before, "the new data are versioned"
+    assert repro(root) == Counter()
+
+
+@pytest.mark.nightly
+def test_a_changed_setting_of_one_target(built_toy: Path, tmp_path: Path) -> None:
+    root = copied(built_toy, tmp_path)
+    set_param(root, 1.5, "targets", "dim", "align", "rho")
+    assert repro(root) == rebuilt("dim") - Counter(["references@dim"])
+    set_param(root, 3.0, "targets", "dim", "align", "rho")
+    assert repro(root) == Counter(), "the run cache remembers"
+
+
+def test_metrics_and_plots_are_declared(built_toy: Path) -> None:
+    import json
+
+    metrics = json.loads(run(built_toy, "-m", "dvc", "metrics", "show", "--json"))[""]["data"]
+    assert metrics["artifacts/evaluate/amber/metrics.json"]["data"]["dice_aligned"] == 0.75
+    plots = json.loads(run(built_toy, "-m", "dvc", "plots", "show", "--json"))
+    assert "artifacts/compare/comparison.csv" in json.dumps(plots)
+
+
+def test_the_built_in_data_are_what_data_dvc_names(tmp_path: Path) -> None:
+    """A clean checkout holds no images: ``alignflow phantom .`` draws the very files that were versioned."""
+    from alignflow_core.phantom import write_phantom
+
+    write_phantom(tmp_path)
+    run(tmp_path, "-m", "dvc", "init", "-q", "--no-scm")
+    run(tmp_path, "-m", "dvc", "add", "-q", "--no-commit", "data")
+    named, drawn = (yaml.safe_load((folder / "data.dvc").read_text())["outs"][0]["md5"] for folder in (REPOSITORY, tmp_path))
+    assert drawn == named
