@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -140,9 +141,9 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
             "n_references": float(len(references)), "n_aligning": float((references.table["role"] == "align").sum())}
 
 
-def _roles(role: "pd.Series[str]") -> tuple[Any, Any]:
+def _roles(role: "pd.Series[str]") -> tuple[np.ndarray, np.ndarray]:
     """Row masks of the aligning and the held-out references; too few to hold any out: the aligning ones serve twice."""
-    aligning, held_out = (role == "align").to_numpy(), (role == "held_out").to_numpy()
+    aligning, held_out = np.array(role == "align"), np.array(role == "held_out")
     return aligning, held_out if held_out.any() else aligning
 
 

@@ -186,7 +186,7 @@ class Align:
     k: int = 2
     n_steps: int = 8
     training: Training = field(default_factory=Training)
-    rho: float = 3.0
+    rho: float = 10.0
     prior_count: float = 10.0
     temperature: float = 1.0
     queue: int = 64
