@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     sub = add("check", check, "validate a folder of images and masks; lists every problem")
     sub.add_argument("dir", type=Path, metavar="DIR", help="folder with images/ and masks/")
     sub.add_argument("--task", default="binary", help="how masks are read: binary (default), refuge, labels or phantom")
+    sub.add_argument("--unlabelled", action="store_true", help="reference images: masks/ may be missing")
     add_overrides(sub)
     add_json(sub)
 
@@ -175,22 +176,26 @@ def compose(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Validate a folder of pairs or references."""
-    from alignflow_core.data import check_folder
+    from alignflow_core.folders import check_folder
     from pipelines.local import task_named
 
     task = task_named(options.task, options.overrides)
-    problems: tuple[str, ...] = ()
+    found: dict[str, object] = {"folder": str(options.dir), "task": task.name, "problems": []}
     try:
-        check_folder(options.dir, task)
+        listing = check_folder(options.dir, task, labelled=not options.unlabelled)
     except InputError as error:
-        problems = error.problems
-    if options.json:
-        print(json.dumps({"folder": str(options.dir), "task": task.name, "problems": problems}, indent=1))
-    elif problems:
-        raise InputError(*problems)
+        if not options.json:
+            raise
+        found["problems"] = error.problems
     else:
-        print(f"{options.dir}: fine")
-    return 2 if problems else 0
+        found |= {"images": len(listing.cases), "groups": len({case.group for case in listing.cases}), "labelled": listing.labelled,
+                  "empty_masks": listing.empty_masks}
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        print(f"{options.dir}: fine; {found['images']} images in {found['groups']} groups")
+        print("\n".join(f"note: {name} has no foreground; kept as a case without one" for name in listing.empty_masks), end="")
+    return 2 if found["problems"] else 0
 
 
 def plan(options: argparse.Namespace) -> int:

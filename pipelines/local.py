@@ -34,13 +34,12 @@ class Folders:
         """``source``, ``domains`` and ``targets`` of params.yaml, with absolute folders.
 
         Raises:
-            InputError: bad target name, folder given twice, references neither a count nor a folder.
+            InputError: bad target name, or a folder given twice.
         """
         problems = [f"--target {name}={folder}: a name is letters, digits, '-' and '_' (at most 63); write NAME=DIR"
                     for name, folder in self.targets.items() if not re.fullmatch(NAME_PATTERN, name)]
         problems += [f"--target {name}={folder}: is the source folder too; give the target's own folder"
                      for name, folder in self.targets.items() if folder.resolve() == self.source.resolve()]
-        references = {name: self._references(name, problems) for name in self.targets}
         if problems:
             raise InputError(*problems)
         source = re.sub(r"[^A-Za-z0-9_-]+", "-", self.source.resolve().name).strip("-_")[:50] or "source"
@@ -48,16 +47,17 @@ class Folders:
         domains = {source: self.source} | dict(self.targets)
         return {"source": source,
                 "domains": {name: {"dir": str(folder.resolve())} for name, folder in domains.items()},
-                "targets": {name: {"domain": name, "references": references[name]} for name in self.targets}}
+                "targets": {name: {"domain": name, "references": self._references(name)} for name in self.targets}}
 
-    def _references(self, target: str, problems: list[str]) -> dict[str, Any]:
-        if re.fullmatch(r"\d+", self.references):
-            return {"count": int(self.references)}
-        folder = Path(self.references) if len(self.targets) == 1 else Path(self.references, target)
-        if not (folder / "images").is_dir():
-            problems.append(f"--references {self.references}: {folder / 'images'} is no folder; give a number, or a folder with images/ "
-                            "(several targets: one such folder for each, by target name)")
-        return {"dir": str(folder.resolve())}
+    def reference_dir(self, target: str) -> Path | None:
+        """Folder of a target's references, ``None`` where they are drawn from the target."""
+        if self.references.isdecimal():
+            return None
+        return Path(self.references) if len(self.targets) == 1 else Path(self.references, target)
+
+    def _references(self, target: str) -> dict[str, Any]:
+        folder = self.reference_dir(target)
+        return {"count": int(self.references)} if folder is None else {"dir": str(folder.resolve())}
 
 
 def task_named(name: str, overrides: Sequence[str] = ()) -> Task:
@@ -74,7 +74,7 @@ def prepare_run(folders: Folders, task: str, out: Path, overrides: Sequence[str]
     Raises:
         InputError: all problems of all folders and options; nothing has been written then.
     """
-    from alignflow_core.data import check_folder
+    from alignflow_core.folders import check_folder
 
     problems: list[str] = []
     if out.exists() and not out.is_dir():
@@ -89,9 +89,10 @@ def prepare_run(folders: Folders, task: str, out: Path, overrides: Sequence[str]
     except InputError as error:
         problems += error.problems
         masks_as = task_named(task)
-    for folder in (folders.source, *folders.targets.values()):
+    references = [folder for folder in map(folders.reference_dir, folders.targets) if folder is not None]
+    for folder in (folders.source, *folders.targets.values(), *references):
         try:
-            check_folder(folder, masks_as)
+            check_folder(folder, masks_as, labelled=folder not in references)
         except InputError as error:
             problems += error.problems
     if problems:

@@ -80,7 +80,7 @@ def run_arguments(root: Path, out: Path, **changed: str) -> list[str]:
     ({"source": "/nowhere/at-all"}, ["/nowhere/at-all"]),
     ({"target": "amber"}, ["NAME=DIR"]),
     ({"target": "am ber=/nowhere"}, ["letters, digits", "/nowhere"]),
-    ({"references": "/no/references"}, ["--references /no/references", "images"]),
+    ({"references": "/no/references"}, ["/no/references", "no such folder"]),
     ({"references": "0"}, ["references.count", "at least 1"]),
     ({"task": "phantom"}, ["--task phantom", "refuge"]),
     ({"task": "binry"}, ["did you mean 'binary'"]),
