@@ -28,7 +28,7 @@ SETS = {  # colour, marker, size, opacity
 }
 CLASS_COLOURS = ("#ffffff", "#00e0ff", "#ff6ad5", "#ffd400", "#7cff6b")
 FILL = ("#eef2f7", "#93b4d8", "#1d4f8f", "#5b2a86", "#0b6e4f", "#8a5a00")
-TILE, GAP = 150, 6
+TILE, GAP, LEAST_COLUMNS = 150, 6, 5
 STYLE: Any = {
     "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelcolor": "#3b4350",
     "axes.edgecolor": "#b9c0ca", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e7eaef",
@@ -104,7 +104,7 @@ def gates(table: pd.DataFrame) -> str:
         for axis in (upper, lower):
             for step in table.loc[table["best"], "step"]:
                 axis.axvline(step, color="#1f2328", lw=1, ls=":", label="kept" if axis is upper else None)
-            axis.legend(loc="best")
+            axis.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.97), ncols=3, borderaxespad=0, handlelength=1.6, columnspacing=1.2)
         figure.tight_layout()
         return _svg(figure)
 
@@ -164,7 +164,7 @@ def _outlined(tile: np.ndarray, mask: np.ndarray, task: Task) -> np.ndarray:
 
 def _strip(tiles: list[np.ndarray], columns: int = 0) -> str:
     """Tiles [TILE, TILE, 3] side by side on white, as a JPEG data URI."""
-    sheet = np.full((TILE, max(columns, len(tiles)) * (TILE + GAP) - GAP, 3), 255, np.uint8)
+    sheet = np.full((TILE, max(columns, len(tiles), LEAST_COLUMNS) * (TILE + GAP) - GAP, 3), 255, np.uint8)
     for i, tile in enumerate(tiles):
         sheet[:, i * (TILE + GAP):i * (TILE + GAP) + TILE] = tile
     stream = io.BytesIO()
