@@ -122,10 +122,10 @@ def _by_stem(folder: Path, problems: list[str], ignored: tuple[str, ...] = ()) -
         other = taken.setdefault(file.stem.casefold(), file)
         if file.is_dir() or file.suffix.lower() not in SUFFIXES:
             problems.append(f"{file}: is not an image file ({', '.join(SUFFIXES)}); move it elsewhere")
-        elif other is not file:
+            continue
+        found.setdefault(file.stem, file)
+        if other is not file:
             problems.append(f"{file}: has the stem of {other.name}; rename or remove one of them")
-        else:
-            found[file.stem] = file
     return found
 
 

@@ -23,6 +23,7 @@ FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif")
 MAX_BYTES = 256 * 2**20
 MAX_PIXELS = 64_000_000
+TOO_LARGE = f"has more than {MAX_PIXELS // 10**6} million pixels; make it smaller"
 WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
@@ -131,12 +132,16 @@ def _decode(data: bytes, size: int | None) -> tuple[Image.Image, int, int]:
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         except Image.UnidentifiedImageError:
             raise ReadError("is not a JPEG, PNG, TIFF, BMP or GIF image; convert or remove it") from None
+        except Image.DecompressionBombError:  # Pillow's own, higher limit
+            raise ReadError(TOO_LARGE) from None
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise ReadError(f"has {width}x{height} pixels, the limit is {MAX_PIXELS // 10**6} million; make it smaller")
+            raise ReadError(TOO_LARGE)
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":  # cameras append a preview to a JPEG and call it MPO
             raise ReadError(f"holds {frames} frames or pages; save one image a file")
+        if image.mode == "F":
+            raise ReadError("has floating point pixels, whose range is unknown; save it with 8 or 16 bits")
         if size is not None:
             image.draft(None, (2 * size, 2 * size))  # large JPEGs are decoded at 1/2, 1/4 or 1/8
         image.load()

@@ -1,0 +1,233 @@
+"""Bad input: every problem is named with its file, and nothing is written."""
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from alignflow_core.config import Task
+from alignflow_core.data import check_folder
+from alignflow_core.errors import InputError
+from alignflow_core.runner import run_stage
+
+LABELS = Task("labels", "labels", ("organ",), values={0: 0, 255: 1})
+
+
+def save(value: int, file: Path, size: tuple[int, int] = (24, 20)) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full(size[::-1], value, np.uint8)).save(file)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Eight fine pairs, ``a0`` to ``a7``."""
+    root = tmp_path / "raw"
+    for n in range(8):
+        save(10 * n, root / f"images/a{n}.png")
+        save(255, root / f"masks/a{n}.png")
+    return root
+
+
+def problems(folder: Path, task: Task = LABELS, labelled: bool = True) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        check_folder(folder, task, labelled)
+    return list(caught.value.problems)
+
+
+def _bomb(file: Path, side: int) -> None:
+    """A PNG of a few bytes that claims ``side`` by ``side`` pixels."""
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+                     + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""))
+
+
+def _replace(file: Path, make: Callable[[Path], None]) -> None:
+    file.unlink()
+    make(file)
+
+
+def _truncate(folder: Path) -> None:
+    file = folder / "images/a1.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 24, 3), np.uint8)).save(file)
+    file.write_bytes(file.read_bytes()[:800])
+
+
+def _animate(folder: Path) -> None:
+    (folder / "images/a1.png").unlink()
+    frames = [Image.new("L", (24, 20), value) for value in (0, 90)]
+    frames[0].save(folder / "images/a1.gif", save_all=True, append_images=frames[1:])
+
+
+def _floats(folder: Path) -> None:
+    (folder / "images/a1.png").unlink()
+    Image.fromarray(np.ones((20, 24), np.float32)).save(folder / "images/a1.tif")
+
+
+def _pages(folder: Path) -> None:
+    (folder / "images/a1.png").unlink()
+    Image.new("L", (24, 20)).save(folder / "images/a1.tif", save_all=True, append_images=[Image.new("L", (24, 20), 90)])
+
+
+def _link_out(folder: Path) -> None:
+    outside = folder.parent / "outside.png"
+    save(1, outside)
+    _replace(folder / "images/a1.png", lambda file: file.symlink_to(outside))
+
+
+def _circle(folder: Path) -> None:
+    _replace(folder / "images/a1.png", lambda file: file.symlink_to(file))
+
+
+CASES: dict[str, tuple[Callable[[Path], Any], str, str]] = {  # what is done, the file named, the cause named
+    "no mask": (lambda d: (d / "masks/a1.png").unlink(), "images/a1.png", "has no mask"),
+    "no image": (lambda d: (d / "images/a1.png").unlink(), "masks/a1.png", "has no image"),
+    "other size": (lambda d: save(255, d / "masks/a1.png", (20, 24)), "masks/a1.png", "is 20x24, its image a1.png is 24x20"),
+    "unknown label": (lambda d: save(37, d / "masks/a1.png"), "masks/a1.png", "unknown label values 37"),
+    "truncated PNG": (_truncate, "images/a1.png", "cannot be decoded"),
+    "empty file": (lambda d: (d / "images/a1.png").write_bytes(b""), "images/a1.png", "is not a JPEG, PNG"),
+    "text behind .png": (lambda d: (d / "images/a1.png").write_text("hello"), "images/a1.png", "is not a JPEG, PNG"),
+    "other suffix": (lambda d: (d / "images/notes.txt").write_text("hello"), "images/notes.txt", "is not an image file"),
+    "folder among images": (lambda d: (d / "images/more").mkdir(), "images/more", "is not an image file"),
+    "pipe": (lambda d: _replace(d / "images/a1.png", os.mkfifo), "images/a1.png", "is not a regular file"),
+    "link out of the folder": (_link_out, "images/a1.png", "leads out of the data folder"),
+    "link to nothing": (lambda d: _replace(d / "masks/a1.png", lambda f: f.symlink_to(f.with_name("gone"))), "masks/a1.png", "cannot be opened"),
+    "link to itself": (_circle, "images/a1.png", "cannot be opened"),
+    "animation": (_animate, "images/a1.gif", "2 frames"),
+    "floating point": (_floats, "images/a1.tif", "floating point pixels"),
+    "pages": (_pages, "images/a1.tif", "2 frames or pages"),
+    "same stem twice": (lambda d: save(1, d / "images/a1.bmp"), "images/a1.png", "has the stem of a1.bmp"),
+    "large": (lambda d: _bomb(d / "images/a1.png", 9000), "images/a1.png", "more than 64 million pixels"),
+    "bomb": (lambda d: _bomb(d / "images/a1.png", 40000), "images/a1.png", "more than 64 million pixels"),
+    "group of an unknown stem": (lambda d: (d / "groups.csv").write_text("stem,p\na1.png,1\n"), "groups.csv", "no image has the stem 'a1.png'"),
+    "no group": (lambda d: (d / "groups.csv").write_text("stem,p\na1,\n"), "groups.csv", "no group for stem 'a1'"),
+    "two groups": (lambda d: (d / "groups.csv").write_text("stem,p\na1,x\na1,y\n"), "groups.csv", "in group 'x' and in 'y'"),
+    "no header": (lambda d: (d / "groups.csv").write_text("a1,x\n"), "groups.csv", "header 'stem,group'"),
+    "binary groups": (lambda d: (d / "groups.csv").write_bytes(b"\xff\xfe\x00stem"), "groups.csv", "not readable as CSV"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_problem_names_file_and_cause(name: str, folder: Path) -> None:
+    spoil, file, cause = CASES[name]
+    spoil(folder)
+    found = problems(folder)
+    assert len(found) == 1 and found[0].startswith(str(folder / file)) and cause in found[0], found
+
+
+def test_stems_that_differ_in_case_alone(folder: Path) -> None:
+    save(1, folder / "images/A1.bmp")
+    found = problems(folder)
+    assert len(found) == 2 and "A1.bmp: has no mask" in found[0] and "a1.png: has the stem of A1.bmp" in found[1]
+
+
+def test_truncated_jpeg(folder: Path) -> None:
+    (folder / "images/a1.png").unlink()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 240, 3), np.uint8)).save(folder / "images/a1.jpg")
+    (folder / "images/a1.jpg").write_bytes((folder / "images/a1.jpg").read_bytes()[:9000])
+    assert any("a1.jpg: cannot be decoded" in problem for problem in problems(folder))
+
+
+def test_all_problems_are_listed_together(folder: Path) -> None:
+    (folder / "masks/a0.png").unlink()
+    (folder / "images/a1.png").write_text("hello")
+    save(37, folder / "masks/a2.png")
+    save(255, folder / "masks/a3.png", (5, 5))
+    (folder / "groups.csv").write_text("stem,p\nnobody,1\n")
+    found = problems(folder)
+    assert [any(part in problem for problem in found) for part in ("a0.png", "a1.png", "a2.png", "a3.png", "groups.csv")] == [True] * 5
+    assert len(found) == 5
+
+
+def test_missing_and_empty_folders(tmp_path: Path) -> None:
+    assert "no such folder" in problems(tmp_path / "nowhere")[0]
+    (tmp_path / "x").mkdir()
+    assert [p.split(":")[0] for p in problems(tmp_path / "x")] == [str(tmp_path / "x/images"), str(tmp_path / "x/masks")]
+    (tmp_path / "x/images").mkdir()
+    (tmp_path / "x/masks").mkdir()
+    assert "holds no image" in problems(tmp_path / "x")[0]
+
+
+def test_masks_without_any_foreground_are_kept_unless_all_are(folder: Path) -> None:
+    save(0, folder / "masks/a1.png")
+    assert check_folder(folder, LABELS).empty_masks == ("masks/a1.png",)
+    for n in range(8):
+        save(1, folder / f"masks/a{n}.png")
+    assert "no mask has any foreground" in problems(folder, Task())[0]
+
+
+def test_hidden_files_are_ignored_and_coloured_label_masks_refused(folder: Path) -> None:
+    (folder / "images/.DS_Store").write_text("x")
+    (folder / "images/Thumbs.db").write_text("x")
+    assert len(check_folder(folder, LABELS).cases) == 8
+    Image.new("RGB", (24, 20), (255, 0, 0)).save(folder / "masks/a1.png")
+    assert "coloured mask" in problems(folder)[0]
+
+
+@pytest.fixture
+def project(folder: Path) -> Path:
+    """A project whose domains ``here`` and ``there`` are copies of the folder, with references in ``refs``."""
+    root = folder.parent
+    for name in ("here", "there"):
+        shutil.copytree(folder, root / name)
+    save(201, root / "refs/new.png")
+    (root / "params.yaml").write_text(yaml.safe_dump({
+        "source": "here", "domains": {"here": {"dir": "here"}, "there": {"dir": "there"}}, "data": {"size": 16},
+        "targets": {"there": {"domain": "there", "references": {"dir": "refs"}}, "many": {"domain": "there", "references": {"count": 50}}}}))
+    return root
+
+
+def _stems(root: Path, split: str) -> list[str]:
+    import pandas as pd
+
+    table = pd.read_parquet(root / "artifacts/data/there/manifest.parquet")
+    return sorted(table.loc[table["split"] == split, "stem"])
+
+
+def test_references_that_are_test_images_stop_the_run(project: Path) -> None:
+    run_stage(project, "data", "there", quiet=True)
+    first, second = _stems(project, "test")[:2]
+    shutil.copy(project / f"there/images/{first}.png", project / "refs/renamed.png")  # by content
+    save(202, project / f"refs/{second}.png")  # by patient
+    with pytest.raises(InputError) as caught:
+        run_stage(project, "references", "there", quiet=True)
+    found = sorted(caught.value.problems)
+    assert len(found) == 2 and f"{second}.png: belongs to group" in found[0] and f"renamed.png: is the test image images/{first}.png" in found[1]
+    assert not (project / "artifacts/references").exists() or not any((project / "artifacts/references").iterdir())
+    (project / "refs/renamed.png").unlink()
+    (project / "refs/groups.csv").write_text(f"stem,patient\n{second},somebody else\n")
+    assert run_stage(project, "references", "there", quiet=True)
+
+
+def test_training_images_of_the_domain_may_be_references(project: Path) -> None:
+    run_stage(project, "data", "there", quiet=True)
+    stem = _stems(project, "train")[0]
+    shutil.copy(project / f"there/images/{stem}.png", project / f"refs/{stem}.png")
+    assert run_stage(project, "references", "there", quiet=True)
+
+
+def test_more_references_than_training_images(project: Path) -> None:
+    run_stage(project, "data", "there", quiet=True)
+    with pytest.raises(InputError, match=r"targets.many.references.count: 50 wanted, the training split of 'there' has 3"):
+        run_stage(project, "references", "many", quiet=True)
+
+
+def test_command_exits_2_and_writes_nothing(project: Path) -> None:
+    (project / "there/masks/a0.png").unlink()
+    (project / "there/images/a1.png").write_text("hello")
+    done = subprocess.run([sys.executable, "-m", "alignflow_core", "stage", "data", "--domain", "there", "--root", str(project)],
+                          capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 2 and "a0.png: has no mask" in done.stderr and "a1.png: is not a JPEG" in done.stderr
+    assert not any((project / "artifacts").rglob("*.*")), sorted((project / "artifacts").rglob("*"))
