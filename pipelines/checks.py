@@ -65,7 +65,7 @@ def no_copies(root: Path, key: str | None) -> dg.AssetCheckResult:
     folder = root / artifact_dir("evaluate", key)
     numbers, table = read_json(folder / "metrics.json"), pd.read_parquet(folder / "copying.parquet")
     flagged = table[table["kept"]].groupby("bank")["flagged"].sum()
-    limits = {str(bank): numbers[f"copy_chance_limit_{bank}"] for bank in flagged.index}  # NaN where too few real images calibrate it
+    limits = {str(bank): numbers.get(f"copy_chance_limit_{bank}", math.nan) for bank in flagged.index}  # absent where too few real images calibrate
     above = [bank for bank, limit in limits.items() if flagged[bank] > limit]
     metadata = {f"flagged_{bank}": int(count) for bank, count in flagged.items()}
     metadata |= {f"limit_{bank}": limit for bank, limit in limits.items() if math.isfinite(limit)}
