@@ -233,7 +233,8 @@ def _write_curves(spool: Path, file: Path) -> None:
         step = row.pop("step")
         points |= {(step, metric): value for metric, value in row.items()}
     rows = [(step, metric, value) for (step, metric), value in sorted(points.items())]
-    pd.DataFrame(rows, columns=["step", "metric", "value"]).astype({"step": "int64", "metric": "str", "value": "float64"}).to_parquet(file, index=False)
+    table = pd.DataFrame(rows, columns=["step", "metric", "value"])
+    table.astype({"step": "int64", "metric": "str", "value": "float64"}).to_parquet(file, index=False)
 
 
 def _progress(node: str, quiet: bool) -> Callable[[int, int, str], None]:
