@@ -46,7 +46,7 @@ def test_what_a_run_holds(tracked: Path) -> None:
     axes = {"target": "amber", "domain": "amber", "reward": "frechet", "encoder": "statconv", "gradient": "sparse", "n_references": "2"}
     assert axes.items() <= align.data.tags.items()
     assert axes.items() <= align.data.params.items()
-    assert align.data.params["targets.amber.align.rho"] == "3.0"
+    assert align.data.params["targets.amber.align.rho"] == str(load_project(tracked / "params.yaml").targets["amber"].align.rho)
     assert evaluate.data.metrics["dice_aligned"] == 0.75
     curve = tracking.client(tracked).get_metric_history(align.info.run_id, "curve/loss")
     assert [(point.step, point.value) for point in curve] == [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3))]
