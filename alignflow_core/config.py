@@ -222,7 +222,7 @@ class Data:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        at_least("data.size", self.size, 16)
+        at_least("data.size", self.size, 24)
         for name in ("source_split", "target_split"):
             split = getattr(self, name)
             if len(split) != 3 or min(split) < 0 or abs(sum(split) - 1) > 1e-6:

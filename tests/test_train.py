@@ -19,11 +19,12 @@ TRAINING = Training(steps=12, batch=4, lr=0.01, warm_up=3, save_every=5, log_eve
 def fresh(folder: Path, act=lambda i: None):
     """A small regression whose batch is a function of the step; ``act(i)`` runs inside step i."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Tanh(), torch.nn.Conv2d(4, 1, 1))
+    model = model.to(memory_format=torch.channels_last)  # as the real networks: moments must come back in this layout
 
     def step(i: int) -> dict[str, float]:
-        x = torch.randn(TRAINING.batch, 3, generator=generator("batch", i))
-        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        x = torch.randn(TRAINING.batch, 3, 3, 3, generator=generator("batch", i))
+        loss = (model(x) - x.sum((1, 2, 3), keepdim=True)).square().mean()
         loss.backward()
         act(i)
         return {"loss": loss.item()}

@@ -1,0 +1,155 @@
+"""The two stages, synthesis, filtering and downstream training as real, tiny components on 24 px discs."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from alignflow_core import align, filtering, image_flow, mask_flow, sample, segment
+from alignflow_core.checkpoint import load_tensors
+from alignflow_core.config import Align, Filter, ImageFlow, Machine, MaskFlow, Network, Sample, Segment, Task, Training
+from alignflow_core.masks import regions
+from alignflow_core.networks import velocity_unet
+from alignflow_core.networks.segmenters import load_segmenter, predict
+from alignflow_core.pairs import Pairs, read_pairs, write_pairs
+from alignflow_core.runner import Context
+
+SIZE = 24
+NETWORK = Network(channels=(8, 16), attention=(False, False), head_channels=8, n_res_blocks=1)
+CONFIG = SimpleNamespace(
+    seed=0, machine=Machine(device="cpu", threads=1), task=Task(),
+    mask_flow=MaskFlow(network=NETWORK, training=Training(steps=80, batch=16, lr=3e-3, warm_up=5, ema=0.9), clip=4.0, size=SIZE),
+    image_flow=ImageFlow(network=NETWORK, training=Training(steps=80, batch=16, lr=3e-3, warm_up=5, ema=0.9), clip=4.0),
+    align=Align(n_steps=4, k=2, queue=16, check_every=5, check_samples=8,
+                training=Training(steps=20, batch=8, lr=2e-3, warm_up=2, ema=0.8, save_every=7, log_every=1)),
+    sample=Sample(n_pairs=12, batch=4, n_steps=4, area_quantile=0.0, copy_dice=1.0), filter=Filter(judge_steps=8),
+    segment=Segment(arms=("source", "stage1", "aligned", "oracle"), seeds=1, channels=(4, 8), check_every=10,
+                    training=Training(steps=40, batch=8, lr=5e-3, warm_up=5, ema=0.8)))
+
+
+def discs(n: int, colour: tuple[int, int, int], seed: int) -> Pairs:
+    """n images of a bright disc on a coloured ground."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:SIZE, :SIZE]
+    centre, radius = rng.uniform(9, 15, (n, 2, 1, 1)), rng.uniform(4, 7, (n, 1, 1))
+    masks = ((y - centre[:, 0]) ** 2 + (x - centre[:, 1]) ** 2 <= radius**2).astype(np.uint8)
+    images = np.array(colour) + 90 * masks[..., None] + rng.normal(0, 4, (n, SIZE, SIZE, 3))
+    table = pd.DataFrame({"case_id": [f"{seed}-{i}" for i in range(n)], "group": [f"{seed}-{i}" for i in range(n)],
+                          "split": np.array(["train", "val", "test"])[np.minimum(np.arange(n) * 4 // n, 3).clip(1) - 1],
+                          "role": np.where(np.arange(n) < n - 3, "align", "held_out")})
+    return Pairs(images.clip(0, 255).astype(np.uint8), masks, tuple(table["case_id"]), table)
+
+
+def context(folder: Path, key: str | None = None) -> Context:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Context(key, folder, folder, lambda metrics, step: None, lambda done, total, note: None)
+
+
+def build(function: Any, config: SimpleNamespace, inputs: dict[str, Path], out: Path) -> dict[str, float]:
+    out.mkdir(parents=True)
+    return function(config, inputs, out, context(out.with_name(out.name + ".work"), "clinic"))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Artifact folders of one whole tiny run, by the names under which stages ask for them."""
+    root = tmp_path_factory.mktemp("method")
+    made = {"data:source": root / "source", "data:target": root / "target", "references": root / "references"}
+    for name, pairs in (("source", discs(48, (120, 60, 40), 1)), ("target", discs(48, (50, 60, 130), 2)), ("references", discs(10, (50, 60, 130), 3))):
+        (root / name).mkdir()
+        write_pairs(root / name, pairs)
+    for name, function in (("mask_flow", mask_flow.run), ("image_flow", image_flow.run), ("sample_masks", sample.run_masks),
+                           ("sample_stage1", sample.run_stage1), ("align", align.run), ("sample_aligned", sample.run_aligned),
+                           ("filter", filtering.run), ("segment_source", segment.run_source), ("segment_target", segment.run_target)):
+        build(function, CONFIG, made, root / name)
+        made[name] = root / name
+    return made
+
+
+def test_flow_masks_are_plausible_and_their_origin_is_recorded(built: dict[str, Path]) -> None:
+    table = pd.read_parquet(built["sample_masks"] / "manifest.parquet")
+    masks = np.load(built["sample_masks"] / "masks.npy")
+    assert table["origin"].value_counts().to_dict() == {"real": 6, "flow": 6}
+    area = regions(masks, CONFIG.task).mean((1, 2, 3))
+    known = regions(np.asarray(read_pairs(built["data:source"], "train").labels), CONFIG.task).mean((1, 2, 3))
+    assert area.min() >= known.min() and area.max() <= known.max()
+
+
+def test_pair_is_the_same_in_any_batch_and_after_an_interruption(built: dict[str, Path], tmp_path: Path) -> None:
+    expected = np.load(built["sample_stage1"] / "images.npy")
+    config = SimpleNamespace(**{**vars(CONFIG), "sample": dataclasses.replace(CONFIG.sample, batch=5)})
+    build(sample.run_stage1, config, built, tmp_path / "other_batch")
+    assert np.abs(np.load(tmp_path / "other_batch" / "images.npy").astype(int) - expected).max() <= 1  # kernels may differ in the last bit
+
+    def stop(done: int, total: int, note: str) -> None:
+        raise KeyboardInterrupt
+
+    work = context(tmp_path / "work")
+    (tmp_path / "resumed").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        sample.run_stage1(CONFIG, built, tmp_path / "resumed", dataclasses.replace(work, progress=stop))
+    assert len(list((tmp_path / "work").glob("chunk*.npy"))) == 1
+    sample.run_stage1(CONFIG, built, tmp_path / "resumed", work)
+    assert (np.load(tmp_path / "resumed" / "images.npy") == expected).all()
+
+
+def test_alignment_moves_the_samples_towards_the_references(built: dict[str, Path]) -> None:
+    stage1, aligned = (np.load(built[name] / "images.npy").mean((0, 1, 2)) for name in ("sample_stage1", "sample_aligned"))
+    target = read_pairs(built["references"]).images.mean((0, 1, 2))
+    assert np.abs(aligned - target).sum() < 0.8 * np.abs(stage1 - target).sum()
+    gates = pd.read_parquet(built["align"] / "gates.parquet")
+    assert gates["held_out_reward"].max() == gates.loc[gates["best"], "held_out_reward"].item() > gates["held_out_reward"].iloc[0]
+    assert gates.loc[0, ["step", "diversity_ratio", "velocity_ratio"]].tolist() == [0, 1, 1]
+
+
+def test_stage2_starts_as_stage1(built: dict[str, Path]) -> None:
+    model, _ = velocity_unet.load(built["image_flow"])
+    model.adopt_target()
+    x, t, cond = torch.randn(2, 3, SIZE, SIZE), torch.rand(2), torch.randn(2, 2, SIZE, SIZE)
+    with torch.no_grad():
+        assert torch.equal(model(x, t, cond), velocity_unet.in_domain(model, velocity_unet.TARGET)(x, t, cond))
+
+
+@pytest.mark.parametrize("changed", [{}, {"reward": "skl"}, {"gradient": "last_k", "k": 1}, {"queue": 0}])
+def test_alignment_interrupted_and_resumed_is_byte_equal(built: dict[str, Path], tmp_path: Path, changed: dict[str, Any]) -> None:
+    config = SimpleNamespace(**{**vars(CONFIG), "align": dataclasses.replace(CONFIG.align, **changed)})
+    build(align.run, config, built, tmp_path / "whole")
+    work = context(tmp_path / "work", "clinic")
+    (tmp_path / "resumed").mkdir()
+
+    def crash(metrics: dict[str, float], step: int) -> None:
+        if step == 12:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        align.run(config, built, tmp_path / "resumed", dataclasses.replace(work, log=crash))
+    align.run(config, built, tmp_path / "resumed", work)
+    expected, found = (load_tensors(tmp_path / name / "weights.safetensors") for name in ("whole", "resumed"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    pd.testing.assert_frame_equal(*(pd.read_parquet(tmp_path / name / "gates.parquet") for name in ("whole", "resumed")))
+
+
+def test_filter_refuses_a_pair_whose_image_ignores_its_mask(built: dict[str, Path], tmp_path: Path) -> None:
+    pairs = discs(60, (50, 60, 130), 7)
+    masks = np.array(pairs.labels)
+    masks[9] = np.roll(masks[9], 12, axis=0)
+    table = pairs.table.assign(origin="flow")
+    (tmp_path / "pairs").mkdir()
+    write_pairs(tmp_path / "pairs", Pairs(pairs.images, masks, pairs.ids, table))
+    config = SimpleNamespace(**{**vars(CONFIG), "filter": Filter(judge_steps=120)})
+    build(filtering.run, config, {**built, "sample_aligned": tmp_path / "pairs"}, tmp_path / "out")
+    found = pd.read_parquet(tmp_path / "out" / "manifest.parquet")
+    assert found.loc[9, "reason"] == "image does not follow its mask" and found["kept"].mean() > 0.8
+
+
+def test_segmenters_find_the_disc_and_arms_differ_in_their_images_only(built: dict[str, Path]) -> None:
+    table = pd.concat([pd.read_parquet(built[name] / "segmenters.parquet") for name in ("segment_source", "segment_target")])
+    assert set(table["arm"]) == {"source", "stage1", "aligned", "oracle"} and set(table["steps"]) == {40}
+    test = read_pairs(built["data:source"], "test")
+    found = predict(load_segmenter(built["segment_source"] / "source" / "seed0", torch.device("cpu")), test.images, CONFIG.task, torch.device("cpu"))
+    assert (2 * (found & test.labels).sum() / (found.sum() + test.labels.sum())) > 0.8
