@@ -32,7 +32,7 @@ def store_uri(root: Path) -> str:
 
 def client(root: Path) -> "MlflowClient":
     """Client of the project's store; the first call creates it (several seconds)."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for chatty in ("alembic", "mlflow.store.db.utils"):  # 60 lines at the first call
         logging.getLogger(chatty).setLevel(logging.WARNING)
     from mlflow import MlflowClient
@@ -83,7 +83,8 @@ def _experiment(store: "MlflowClient", root: Path, project: Project) -> str:
     found = store.get_experiment_by_name(project.task.name)
     if found:
         return str(found.experiment_id)
-    return str(store.create_experiment(project.task.name, artifact_location=(root / "mlruns").as_uri()))
+    kind = {"mlflow.experimentKind": "custom_model_development"}  # the page opens on runs and curves, not on chat traces
+    return str(store.create_experiment(project.task.name, artifact_location=(root / "mlruns").as_uri(), tags=kind))
 
 
 def _axes(root: Path, project: Project, stage: str, key: str | None) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Both user interfaces on loopback: Dagster with its daemon, and MLflow."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +34,7 @@ def serve(root: Path) -> None:
     root = root.resolve()
     load_project(root / "params.yaml")
     stop_on_sigterm()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so would all it starts
     home = dagster_home(root)
     with dg.DagsterInstance.get() as instance:
         observe(root, instance)
