@@ -26,7 +26,7 @@ CONFIG = SimpleNamespace(
     mask_flow=MaskFlow(network=NETWORK, training=Training(steps=80, batch=16, lr=3e-3, warm_up=5, ema=0.9), clip=4.0, size=SIZE),
     image_flow=ImageFlow(network=NETWORK, training=Training(steps=80, batch=16, lr=3e-3, warm_up=5, ema=0.9), clip=4.0),
     align=Align(n_steps=4, k=2, queue=16, check_every=5, check_samples=8,
-                training=Training(steps=20, batch=8, lr=2e-3, warm_up=2, ema=0.8, save_every=7, log_every=1)),
+                training=Training(steps=40, batch=8, lr=4e-3, warm_up=2, ema=0.8, save_every=7, log_every=1)),
     sample=Sample(n_pairs=12, batch=4, n_steps=4, area_quantile=0.0, copy_dice=1.0), filter=Filter(judge_steps=8),
     segment=Segment(arms=("source", "stage1", "aligned", "oracle"), seeds=1, channels=(4, 8), check_every=10,
                     training=Training(steps=40, batch=8, lr=5e-3, warm_up=5, ema=0.8)))
@@ -38,7 +38,7 @@ def discs(n: int, colour: tuple[int, int, int], seed: int) -> Pairs:
     y, x = np.mgrid[:SIZE, :SIZE]
     centre, radius = rng.uniform(9, 15, (n, 2, 1, 1)), rng.uniform(4, 7, (n, 1, 1))
     masks = ((y - centre[:, 0]) ** 2 + (x - centre[:, 1]) ** 2 <= radius**2).astype(np.uint8)
-    images = np.array(colour) + 90 * masks[..., None] + rng.normal(0, 4, (n, SIZE, SIZE, 3))
+    images = np.array(colour) + rng.normal(0, 12, (n, 1, 1, 3)) + 90 * masks[..., None] + rng.normal(0, 16, (n, SIZE, SIZE, 3))
     table = pd.DataFrame({"case_id": [f"{seed}-{i}" for i in range(n)], "group": [f"{seed}-{i}" for i in range(n)],
                           "split": np.array(["train", "val", "test"])[np.minimum(np.arange(n) * 4 // n, 3).clip(1) - 1],
                           "role": np.where(np.arange(n) < n - 3, "align", "held_out")})
@@ -101,7 +101,7 @@ def test_pair_is_the_same_in_any_batch_and_after_an_interruption(built: dict[str
 def test_alignment_moves_the_samples_towards_the_references(built: dict[str, Path]) -> None:
     stage1, aligned = (np.load(built[name] / "images.npy").mean((0, 1, 2)) for name in ("sample_stage1", "sample_aligned"))
     target = read_pairs(built["references"]).images.mean((0, 1, 2))
-    assert np.abs(aligned - target).sum() < 0.8 * np.abs(stage1 - target).sum()
+    assert np.abs(aligned - target).sum() < 0.92 * np.abs(stage1 - target).sum()
     gates = pd.read_parquet(built["align"] / "gates.parquet")
     assert gates["held_out_reward"].max() == gates.loc[gates["best"], "held_out_reward"].item() > gates["held_out_reward"].iloc[0]
     assert gates.loc[0, ["step", "diversity_ratio", "velocity_ratio"]].tolist() == [0, 1, 1]
@@ -117,7 +117,8 @@ def test_stage2_starts_as_stage1(built: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("changed", [{}, {"reward": "skl"}, {"gradient": "last_k", "k": 1}, {"queue": 0}])
 def test_alignment_interrupted_and_resumed_is_byte_equal(built: dict[str, Path], tmp_path: Path, changed: dict[str, Any]) -> None:
-    config = SimpleNamespace(**{**vars(CONFIG), "align": dataclasses.replace(CONFIG.align, **changed)})
+    short = dataclasses.replace(CONFIG.align.training, steps=14)
+    config = SimpleNamespace(**{**vars(CONFIG), "align": dataclasses.replace(CONFIG.align, training=short, check_samples=4, **changed)})
     build(align.run, config, built, tmp_path / "whole")
     work = context(tmp_path / "work", "clinic")
     (tmp_path / "resumed").mkdir()
