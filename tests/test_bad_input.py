@@ -183,7 +183,7 @@ def project(folder: Path) -> Path:
         shutil.copytree(folder, root / name)
     save(201, root / "refs/new.png")
     (root / "params.yaml").write_text(yaml.safe_dump({
-        "source": "here", "domains": {"here": {"dir": "here"}, "there": {"dir": "there"}}, "data": {"size": 16},
+        "source": "here", "domains": {"here": {"dir": "here"}, "there": {"dir": "there"}}, "data": {"size": 24},
         "targets": {"there": {"domain": "there", "references": {"dir": "refs"}}, "many": {"domain": "there", "references": {"count": 50}}}}))
     return root
 

@@ -134,14 +134,14 @@ def project(tmp_path: Path) -> Path:
 
 def set_references(root: Path, references: dict[str, Any]) -> None:
     (root / "params.yaml").write_text(yaml.safe_dump({
-        "source": "here", "domains": {"here": {"dir": "here"}, "there": {"dir": "there"}}, "data": {"size": 16},
+        "source": "here", "domains": {"here": {"dir": "here"}, "there": {"dir": "there"}}, "data": {"size": 24},
         "targets": {"there": {"domain": "there", "references": references}}}))
 
 
 def test_stage_data(project: Path) -> None:
     assert run_stage(project, "data", "there", quiet=True) and not run_stage(project, "data", "there", quiet=True)
     pairs = read_pairs(project / "artifacts/data/there")
-    assert pairs.images.shape == (12, 16, 16, 3) and pairs.images.dtype == np.uint8 and pairs.labels.shape == (12, 16, 16)
+    assert pairs.images.shape == (12, 24, 24, 3) and pairs.images.dtype == np.uint8 and pairs.labels.shape == (12, 24, 24)
     assert list(pairs.table.columns) == ["case_id", "stem", "domain", "group", "split", "image_file", "mask_file", "image_sha256",
                                          "mask_sha256", "width", "height"]
     assert pairs.table.groupby("group")["split"].nunique().max() == 1

@@ -96,7 +96,7 @@ def test_source_segmenter_falls_on_every_target_and_a_target_segmenter_does_not(
     from alignflow_core.runner import Context
     from alignflow_core.segmenter_fit import Diet, fit
 
-    segment, training = Segment(), Training(steps=400, batch=16, warm_up=40)
+    segment, training = Segment(), Training(steps=400, batch=16, lr=2e-3, warm_up=40, ema=0.98)  # profile cpu
     context = Context(None, tmp_path, tmp_path, lambda metrics, step: None, lambda done, total, note: None)
 
     def trained(camera: str, train: Pairs, val: Pairs) -> torch.nn.Module:
