@@ -124,6 +124,15 @@ def test_run_builds_a_report_then_finds_it_up_to_date_and_exports(phantom_root: 
     assert len(table) == kept
 
 
+def test_interruption_is_exit_code_130(phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object, **__: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("alignflow_core.runner.run_stage", interrupted)
+    assert main(run_arguments(phantom_root, tmp_path / "out")) == 130
+    assert "the same command continues" in capsys.readouterr().err
+
+
 def test_export_writes_masks_as_the_task_reads_them(smoke_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
     for target in ("amber", "violet"):
