@@ -124,7 +124,8 @@ def test_run_builds_a_report_then_finds_it_up_to_date_and_exports(phantom_root: 
     assert len(table) == kept
 
 
-def test_interruption_is_exit_code_130(phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interruption_is_exit_code_130(phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(*_: object, **__: object) -> bool:
         raise KeyboardInterrupt
 
