@@ -82,7 +82,8 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
         return done, kept[0]
 
     weight = _balance(model, settings, denoise, pull, config.seed)
-    probe, base = _probe(config.seed, cond, images.shape[1:], settings, device), {}
+    probe = _probe(config.seed, cond, images.shape[1:], settings, device)
+    base: dict[str, float] = {}
 
     def look(velocity_model: nn.Module) -> dict[str, float]:
         """Held-out reward and the gates' ratios to the base."""

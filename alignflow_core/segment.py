@@ -60,7 +60,8 @@ def run_target(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any
                      read_pairs(inputs["data:source"], "val"), out_dir, context)
 
 
-def _fit_arms(config: Any, diets: dict[str, Diet], own_validation: dict[str, Pairs], validation: Pairs, out_dir: Path, context: Any) -> dict[str, float]:
+def _fit_arms(config: Any, diets: dict[str, Diet], own_validation: dict[str, Pairs], validation: Pairs, out_dir: Path,
+              context: Any) -> dict[str, float]:
     """Fit every (arm, seed), resuming after the last finished one, and write ``segmenters.parquet``."""
     settings: Segment = config.segment
     task: Task = config.task
@@ -75,4 +76,4 @@ def _fit_arms(config: Any, diets: dict[str, Diet], own_validation: dict[str, Pai
             rows.append((arm, seed, folder, dice, settings.training.steps, len(diet.main), 0 if diet.added is None else len(diet.added)))
     table = pd.DataFrame(rows, columns=["arm", "segmenter_seed", "folder", "val_dice", "steps", "n_real", "n_synthetic"])
     table.to_parquet(out_dir / "segmenters.parquet", index=False)
-    return {f"val_dice/{arm.replace('+', '_plus_')}": float(dice) for arm, dice in table.groupby("arm")["val_dice"].mean().items()}
+    return {f"val_dice/{str(arm).replace('+', '_plus_')}": float(dice) for arm, dice in table.groupby("arm")["val_dice"].mean().items()}

@@ -60,7 +60,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Artifact folders of one whole tiny run, by the names under which stages ask for them."""
     root = tmp_path_factory.mktemp("method")
     made = {"data:source": root / "source", "data:target": root / "target", "references": root / "references"}
-    for name, pairs in (("source", discs(48, (120, 60, 40), 1)), ("target", discs(48, (50, 60, 130), 2)), ("references", discs(10, (50, 60, 130), 3))):
+    theirs = (50, 60, 130)
+    for name, pairs in (("source", discs(48, (120, 60, 40), 1)), ("target", discs(48, theirs, 2)), ("references", discs(10, theirs, 3))):
         (root / name).mkdir()
         write_pairs(root / name, pairs)
     for name, function in (("mask_flow", mask_flow.run), ("image_flow", image_flow.run), ("sample_masks", sample.run_masks),

@@ -68,7 +68,7 @@ def save(folder: Path, weights: dict[str, Tensor], channels: int, cond_channels:
 def load(folder: Path) -> tuple[VelocityUNet, dict[str, Any]]:
     """The network of a checkpoint folder, in evaluation mode, and its config."""
     weights, config = load_network(folder)
-    network = Network(**{name: tuple(value) if isinstance(value, list) else value for name, value in config["network"].items()})
-    model = build(config["channels"], config["cond_channels"], network, seed=0)
+    shape: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in config["network"].items()}
+    model = build(config["channels"], config["cond_channels"], Network(**shape), seed=0)
     model.load_state_dict(weights)
     return model.eval(), config

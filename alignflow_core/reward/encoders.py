@@ -21,6 +21,9 @@ class StatConv(nn.Module):
     and scale (sharpness, noise); mean and deviation of two random convolution layers per scale (texture).
     """
 
+    colour: Tensor
+    colour_bias: Tensor
+
     def __init__(self, width: int = 16, seed: int = 2604) -> None:
         super().__init__()
         draw = torch.Generator().manual_seed(seed)
