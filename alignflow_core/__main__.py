@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from alignflow_core.errors import InputError
+from alignflow_core.errors import InputError, StageError
 from alignflow_core.runner import run_stage, stop_on_sigterm
 
 
@@ -28,6 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         return 2
+    except StageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""The one error that means "your input, not our fault"."""
+"""The two errors whose message says everything: bad input, and work that cannot succeed as configured."""
 
 
 class InputError(Exception):
@@ -11,3 +11,7 @@ class InputError(Exception):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class StageError(Exception):
+    """A stage that ran and cannot give a usable artifact: the message says why and what to change; exit code 1."""

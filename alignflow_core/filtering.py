@@ -16,6 +16,7 @@ import torch
 
 from alignflow_core.config import Filter, Segment, Task
 from alignflow_core.devices import prepare
+from alignflow_core.errors import StageError
 from alignflow_core.metrics.copying import novelty_check
 from alignflow_core.networks.segmenters import build_segmenter, mean_dice, predict
 from alignflow_core.pairs import Pairs, read_pairs, to_unit
@@ -38,7 +39,7 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
     table = pd.DataFrame({"pair_id": pairs.ids, "kept": reasons == "", "reason": reasons, "novelty": novelty,
                           "outlyingness": outlyingness, "agreement": agreement})
     if not table["kept"].any():
-        raise RuntimeError(f"filter refused all {len(table)} pairs ({table['reason'].value_counts().to_dict()}); "
+        raise StageError(f"filter refused all {len(table)} pairs ({table['reason'].value_counts().to_dict()}); "
                            "loosen the filter section or align again")
     table.to_parquet(out_dir / "manifest.parquet", index=False)
     return {"kept_fraction": float(table["kept"].mean()), "mask_agreement": float(np.mean(agreement)),

@@ -239,16 +239,21 @@ def _write_curves(spool: Path, file: Path) -> None:
 
 def _progress(node: str, quiet: bool) -> Callable[[int, int, str], None]:
     """A line on stderr at most every two seconds (every thirty where stderr is no terminal)."""
-    start, last = time.monotonic(), [0.0]
+    last = 0.0
+    first: tuple[float, int] | None = None  # of this process: what a resumed stage did before says nothing about the pace
     interval = 2.0 if sys.stderr.isatty() else 30.0
 
     def progress(done: int, total: int, note: str = "") -> None:
+        nonlocal last, first
         now = time.monotonic()
-        if quiet or (now - last[0] < interval and done < total) or not done:
+        if first is None or done <= first[1]:
+            first = (now, done)
+        if quiet or (now - last < interval and done < total):
             return
-        last[0] = now
-        left = (now - start) / done * (total - done)
-        print(f"{node}: {done}/{total} {note} {left:.0f} s left", file=sys.stderr, flush=True)
+        last = now
+        pace = (now - first[0]) / (done - first[1]) if done > first[1] else None
+        left = "" if pace is None else f"{pace * (total - done):.0f} s left"
+        print(f"{node}: {done}/{total} {note} {left}", file=sys.stderr, flush=True)
 
     return progress
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 from alignflow_core.artifact import read_json
 from alignflow_core.config import Sample, Task
 from alignflow_core.devices import autocast, prepare
+from alignflow_core.errors import StageError
 from alignflow_core.flow.guidance import guided
 from alignflow_core.flow.path import VelocityModel
 from alignflow_core.flow.solver import SOLVERS, time_grid
@@ -113,7 +114,7 @@ def _draw_masks(config: Any, checkpoint_dir: Path, real: np.ndarray, wanted: int
     tried = 0
     while len(kept) < wanted:
         if tried >= MAX_CANDIDATES * wanted:
-            raise RuntimeError(f"only {len(kept)} of {tried} drawn masks are plausible; train mask_flow longer (mask_flow.training.steps)")
+            raise StageError(f"only {len(kept)} of {tried} drawn masks are plausible; train mask_flow longer (mask_flow.training.steps)")
         batch = range(tried, tried + settings.batch)
         noise = torch.stack([torch.randn(shape, generator=generator(config.seed, "mask", i)) for i in batch]).to(device)
         maps = _solve(model, noise, noise.new_zeros(len(noise), 0, *shape[1:]), settings)

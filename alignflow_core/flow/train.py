@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from alignflow_core.checkpoint import load_tensors, pack_optimiser, prefixed, save_tensors, section, unpack_optimiser, unwrap
 from alignflow_core.config import Training
+from alignflow_core.errors import StageError
 from alignflow_core.flow.ema import Ema
 
 Log = Callable[[dict[str, float], int], None]
@@ -30,7 +31,7 @@ def train(model: nn.Module, step: Callable[[int], dict[str, float]], training: T
         extra: further tensors that belong to the state; its entries are replaced when a state is restored.
 
     Raises:
-        FloatingPointError: loss or gradient is not finite; the last good state stays on disk.
+        StageError: loss or gradient is not finite; the last good state stays on disk.
     """
     optimiser = torch.optim.AdamW(model.parameters(), lr=training.lr, betas=(0.9, training.beta2),
                                   weight_decay=training.weight_decay, fused=True)
@@ -45,7 +46,7 @@ def train(model: nn.Module, step: Callable[[int], dict[str, float]], training: T
             norm = float(nn.utils.clip_grad_norm_(model.parameters(), training.clip))
             bad = [name for name, value in {**numbers, "gradient norm": norm}.items() if not math.isfinite(value)]
             if bad:
-                raise FloatingPointError(f"step {done}: {', '.join(bad)} not finite; lower the learning rate or check the data. "
+                raise StageError(f"step {done}: {', '.join(bad)} not finite; lower the learning rate or check the data. "
                                          f"The last good state is kept in {state_file.name}")
             optimiser.step()
             ema.update(unwrap(model))
