@@ -18,15 +18,16 @@ DATA_VERSION_TAG = "dagster/data_version"
 def jobs(project: Project) -> list[Any]:
     """In the order of a first build: every domain, what is shared, every target, the results."""
     results = [s.asset for s in STAGES.values() if any(spec.endswith(":all") for spec in s.inputs)]
-    parts = {
-        "build_domain": [s.asset for s in STAGES.values() if s.scope == "domain"],
-        "build_shared": [s.asset for s in STAGES.values() if s.scope == "project" and s.asset not in results],
-        "build_target": [s.asset for s in STAGES.values() if s.scope == "target"],
-        "build_results": results,
-    }
-    scopes = {"build_domain": "domain", "build_target": "target"}
-    return [dg.define_asset_job(name, dg.AssetSelection.assets(*names), partitions_def=partitions(project, scopes.get(name, "project")))
-            for name, names in parts.items()]
+    shared = [s.asset for s in STAGES.values() if s.scope == "project" and s.asset not in results]
+    domains, targets = ([s.asset for s in STAGES.values() if s.scope == scope] for scope in ("domain", "target"))
+    parts = [
+        ("build_domain", "domain", domains, "First: splits of the source and of every target domain."),
+        ("build_shared", "project", shared, "Second: stage 1, masks and segmenters that all targets share."),
+        ("build_target", "target", targets, "Third, for every target: alignment, synthesis, filtering, segmenters and its measurements."),
+        ("build_results", "project", results, "Last: comparison and report over all targets."),
+    ]
+    return [dg.define_asset_job(name, dg.AssetSelection.assets(*names), description=text, partitions_def=partitions(project, scope))
+            for name, scope, names, text in parts]
 
 
 def new_observations(root: Path, instance: dg.DagsterInstance) -> Iterator[dg.AssetObservation]:

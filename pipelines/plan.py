@@ -121,6 +121,8 @@ def materialize(root: Path, selection: str | None = None, target: str | None = N
             result = job.execute_in_process(run_config=QUIET, instance=instance, asset_selection=[dg.AssetKey(stage.asset)], partition_key=key,
                                             raise_on_error=False)
             if not result.success:
+                if _interrupted(result):
+                    raise KeyboardInterrupt
                 raise InputError(*_failures(result, node_id(stage.name, key)))
             built.append(node_id(stage.name, key))
     return built
@@ -164,12 +166,20 @@ def _needed(project: Project, target: str) -> set[str]:
     return found
 
 
+def _interrupted(result: Any) -> bool:
+    """Whether a signal and not a mistake ended the run; Dagster has wrapped the one that came in."""
+    return any("DagsterExecutionInterruptedError" in event.step_failure_data.error.to_string() for event in result.get_step_failure_events()
+               if event.step_failure_data.error)
+
+
 def _failures(result: Any, node: str) -> list[str]:
-    """One line for every failed step: the innermost message, which names cause and remedy."""
+    """The innermost message of every failed step: all problems of bad input, the last line of anything else."""
     lines = []
     for event in result.get_step_failure_events():
         error = event.step_failure_data.error
         while error is not None and error.cause is not None:
             error = error.cause
-        lines.append(f"{node}: {(error.message if error else 'failed').strip().splitlines()[-1]}")
+        message = (error.message if error else "failed").strip()
+        bad_input = message.partition(f"{InputError.__name__}: ")[2]
+        lines += [f"{node}: {line}" for line in (bad_input or message).splitlines()[0 if bad_input else -1:]]
     return lines or [f"{node}: the run failed before its first step; see the log above"]

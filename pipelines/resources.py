@@ -42,7 +42,10 @@ class StageRunner(dg.ConfigurableResource):
         if not (root / ".dvc").is_dir():
             raise InputError(f"{root}: not a DVC project; run 'git init' and 'dvc init' there, or choose the inline runner")
         plan_stage(load_project(root / "params.yaml"), root, STAGES[stage], key)  # names a missing input better than DVC does
-        run_in_group([sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--quiet", "--single-item", node_id(stage, key)], root)
+        dvc = [sys.executable, "-m", "dvc", "--wait-for-lock"]
+        if STAGES[stage].raw and (root / "data.dvc").exists():  # 'repro' of a single item would leave new data without a version
+            run_in_group([*dvc, "commit", "--quiet", "--force", "data.dvc"], root)
+        run_in_group([*dvc, "repro", "--quiet", "--single-item", node_id(stage, key)], root)
 
 
 def run_in_group(command: list[str], root: Path) -> None:

@@ -55,7 +55,7 @@ def record(root: Path, stage: str, key: str | None) -> str:
     provenance = read_json(provenance_file(root, stage, key))
     project = load_project(root / "params.yaml")
     store = client(root)
-    experiment = _experiment(store, root, project)
+    experiment = experiment_id(store, root, project)
     node = node_id(stage, key)
     now = f"{time.time():.6f}"
     # a fingerprint covers inputs, not outputs: a stage that was forced to run again may have another content
@@ -78,7 +78,7 @@ def record(root: Path, stage: str, key: str | None) -> str:
     return run_id
 
 
-def _experiment(store: "MlflowClient", root: Path, project: Project) -> str:
+def experiment_id(store: "MlflowClient", root: Path, project: Project) -> str:
     """Id of the experiment of the project's task, made if need be."""
     found = store.get_experiment_by_name(project.task.name)
     if found:

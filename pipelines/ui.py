@@ -14,12 +14,13 @@ from pathlib import Path
 from alignflow_core.config import load_project
 from alignflow_core.errors import InputError
 from alignflow_core.runner import stop_on_sigterm
+from pipelines import tracking
 from pipelines.automation import observe
 from pipelines.resources import dagster_home, stop_group
-from pipelines.tracking import store_uri
 
 HOST = "127.0.0.1"  # neither has a login
 DAGSTER_PORT, MLFLOW_PORT = 3000, 5000
+RUNS_PAGE = "#/experiments/{}/runs?workflowType=machine_learning"  # MLflow's own first page is about chat traces
 START_SECONDS = 120.0
 
 
@@ -32,9 +33,10 @@ def serve(root: Path) -> None:
     import dagster as dg
 
     root = root.resolve()
-    load_project(root / "params.yaml")
+    project = load_project(root / "params.yaml")
     stop_on_sigterm()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so would all it starts
+    experiment = tracking.experiment_id(tracking.client(root), root, project)
     home = dagster_home(root)
     with dg.DagsterInstance.get() as instance:
         observe(root, instance)
@@ -44,7 +46,7 @@ def serve(root: Path) -> None:
     commands = {
         f"http://{HOST}:{dagster_port}": ["-m", "dagster", "dev", "-m", "pipelines.definitions", "-d", str(root), "-h", HOST,
                                            "-p", str(dagster_port)],
-        f"http://{HOST}:{mlflow_port}": ["-m", "mlflow", "ui", "--backend-store-uri", store_uri(root), "--default-artifact-root",
+        f"http://{HOST}:{mlflow_port}": ["-m", "mlflow", "ui", "--backend-store-uri", tracking.store_uri(root), "--default-artifact-root",
                                          (root / "mlruns").as_uri(), "--host", HOST, "--port", str(mlflow_port), "--workers", "1"],
     }
     log_file = root / ".alignflow" / "ui.log"
@@ -57,7 +59,7 @@ def serve(root: Path) -> None:
             for address in commands:
                 wait_for(address, processes, log_file)
             dagster, mlflow = commands
-            print(f"Dagster: {dagster}\nMLflow:  {mlflow}\nCtrl-C stops both; their log is {log_file}", flush=True)
+            print(f"Dagster: {dagster}\nMLflow:  {mlflow}/{RUNS_PAGE.format(experiment)}\nCtrl-C stops both; their log is {log_file}", flush=True)
             while all(process.poll() is None for process in processes):
                 time.sleep(0.5)
             raise InputError(f"one of the servers has ended; {log_file} says why")

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from toy_project import calls, copied, rebuilt, replace_reference, run, set_param
+from toy_project import calls, copied, rebuilt, replace_reference, run
 
 from alignflow_core.artifact import write_json
 from pipelines import checks
 
 PLAN = "from pathlib import Path; from pipelines.plan import plan; print(*(f'{node}: {cause}' for node, cause in plan(Path('.'))), sep='\\n')"
-MATERIALIZE = "import sys; from pathlib import Path; from pipelines.plan import materialize; print(*materialize(Path('.'), mode=sys.argv[1]))"
+MATERIALIZE = "from pathlib import Path; from pipelines.plan import materialize; print(*materialize(Path('.'), mode='inline'))"
+SELECTION = "from pathlib import Path; from pipelines.plan import materialize; print(*materialize(Path('.'), 'key:reference_set', 'dim'))"
 SYNC = "from pathlib import Path; from pipelines.sync import sync; print(*sync(Path('.')))"
 
 # what the web page asks for: status of every (asset, partition), after looking at the inputs
@@ -60,19 +61,21 @@ def test_a_replaced_reference_in_dagster(synced: Path, tmp_path: Path) -> None:
     assert lines[0] == "references@amber: raw folder data/references/amber changed"
     assert lines[1] == "align@amber: upstream stale: references@amber"
     assert Counter(line.partition(":")[0] for line in lines) == rebuilt("amber")
-    assert Counter(run(root, "-c", MATERIALIZE, "inline").split()) == rebuilt("amber")
+    assert Counter(run(root, "-c", MATERIALIZE).split()) == rebuilt("amber")
     assert calls(root) == rebuilt("amber")
     assert run(root, "-c", STALE).split() == []
-    assert run(root, "-c", MATERIALIZE, "inline").split() == []
+    assert run(root, "-c", MATERIALIZE).split() == []
 
 
-def test_materialize_through_dvc(synced: Path, tmp_path: Path) -> None:
-    root = copied(synced, tmp_path)
-    set_param(root, 9, "report", "examples")
-    assert run(root, "-c", PLAN).splitlines() == ["report: params changed: report.examples"]
-    assert run(root, "-c", MATERIALIZE, "dvc").split() == ["report"]
-    assert calls(root) == Counter(["report"])
-    assert "up to date" in run(root, "-m", "dvc", "status"), "both agree on what is built"
+def test_a_selection_through_dvc(built_toy: Path, tmp_path: Path) -> None:
+    root = copied(built_toy, tmp_path)
+    before = (root / "data.dvc").read_text()
+    replace_reference(root, "dim")
+    assert run(root, "-c", SELECTION).split() == ["references@dim"]
+    assert calls(root) == Counter(["references@dim"])
+    assert run(root, "-c", PLAN).splitlines()[0] == "align@dim: input references changed", "what depends on it was not selected"
+    assert (root / "data.dvc").read_text() != before, "the new data are versioned"
+    assert run(root, "-m", "dvc", "status", "references@dim").startswith("Data and pipelines are up to date")
 
 
 def test_touched_artifacts_and_changed_code_are_noticed(built_toy: Path, tmp_path: Path) -> None:
