@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignflow_core.artifact import read_json, tree_hash
 from alignflow_core.config import Project, load_project
-from alignflow_core.errors import InputError
+from alignflow_core.errors import InputError, StageError
 from alignflow_core.runner import code_hash, plan_stage, provenance_file, raw_dirs, stage_params
 from alignflow_core.stages import STAGES, Stage, artifact_dir, node_id
 
@@ -94,7 +94,8 @@ def materialize(root: Path, selection: str | None = None, target: str | None = N
         mode: ``dvc`` or ``inline``, see :class:`pipelines.resources.StageRunner`.
 
     Raises:
-        InputError: unknown target, empty or wrong selection, or a stage that failed.
+        InputError: unknown target, empty or wrong selection, bad input of a stage.
+        StageError: a stage that failed.
     """
     import dagster as dg
 
@@ -121,9 +122,7 @@ def materialize(root: Path, selection: str | None = None, target: str | None = N
             result = job.execute_in_process(run_config=QUIET, instance=instance, asset_selection=[dg.AssetKey(stage.asset)], partition_key=key,
                                             raise_on_error=False)
             if not result.success:
-                if _interrupted(result):
-                    raise KeyboardInterrupt
-                raise InputError(*_failures(result, node_id(stage.name, key)))
+                raise failure(result, node_id(stage.name, key))
             built.append(node_id(stage.name, key))
     return built
 
@@ -166,20 +165,16 @@ def _needed(project: Project, target: str) -> set[str]:
     return found
 
 
-def _interrupted(result: Any) -> bool:
-    """Whether a signal and not a mistake ended the run; Dagster has wrapped the one that came in."""
-    return any("DagsterExecutionInterruptedError" in event.step_failure_data.error.to_string() for event in result.get_step_failure_events()
-               if event.step_failure_data.error)
-
-
-def _failures(result: Any, node: str) -> list[str]:
-    """The innermost message of every failed step: all problems of bad input, the last line of anything else."""
-    lines = []
-    for event in result.get_step_failure_events():
-        error = event.step_failure_data.error
-        while error is not None and error.cause is not None:
+def failure(result: Any, node: str) -> BaseException:
+    """The error that ended a run, as it came out of the stage, unwrapped from Dagster's."""
+    errors = [event.step_failure_data.error for event in result.get_step_failure_events() if event.step_failure_data.error]
+    if any("DagsterExecutionInterruptedError" in error.to_string() for error in errors):
+        return KeyboardInterrupt()
+    for error in errors:
+        while error.cause is not None:
             error = error.cause
-        message = (error.message if error else "failed").strip()
-        bad_input = message.partition(f"{InputError.__name__}: ")[2]
-        lines += [f"{node}: {line}" for line in (bad_input or message).splitlines()[0 if bad_input else -1:]]
-    return lines or [f"{node}: the run failed before its first step; see the log above"]
+        bad_input = error.message.partition(f"{InputError.__name__}: ")[2]
+        if bad_input:
+            return InputError(*(f"{node}: {line}" for line in bad_input.strip().splitlines()))
+        return StageError(f"{node}: {error.message.partition(f'{StageError.__name__}: ')[2] or error.message}".strip())
+    return StageError(f"{node}: the run failed before its first step; Dagster's record says why")

@@ -10,7 +10,7 @@ from pathlib import Path
 import dagster as dg
 
 from alignflow_core.config import load_project
-from alignflow_core.errors import InputError
+from alignflow_core.errors import InputError, StageError
 from alignflow_core.runner import plan_stage, run_stage
 from alignflow_core.stages import STAGES, node_id
 
@@ -33,7 +33,8 @@ class StageRunner(dg.ConfigurableResource):
         """Build the artifact of one stage and key.
 
         Raises:
-            InputError: an input is missing, or DVC or the stage has failed (what they said is in the log).
+            InputError: an input is missing.
+            StageError: DVC or the stage has failed; what they said is in the log.
         """
         root = Path(self.root)
         if self.mode == "inline":
@@ -54,7 +55,7 @@ def run_in_group(command: list[str], root: Path) -> None:
     A cancelled Dagster run would otherwise leave the training behind: DVC and the shell between do not pass signals on.
 
     Raises:
-        InputError: it ended with another exit code than 0.
+        StageError: it ended with another exit code than 0.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # dvc.yaml says "python"
     process = subprocess.Popen(command, cwd=root, start_new_session=True, env=os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1"})
@@ -64,7 +65,7 @@ def run_in_group(command: list[str], root: Path) -> None:
         stop_group(process)
         raise
     if code:
-        raise InputError(f"'{' '.join(command[1:])}' ended with exit code {code}; its output says why")
+        raise StageError(f"'{' '.join(command[1:])}' ended with exit code {code}; its output says why")
 
 
 def stop_group(process: subprocess.Popen[bytes]) -> None:

@@ -21,7 +21,7 @@ from pipelines.resources import dagster_home, stop_group
 HOST = "127.0.0.1"  # neither has a login
 DAGSTER_PORT, MLFLOW_PORT = 3000, 5000
 RUNS_PAGE = "#/experiments/{}/runs?workflowType=machine_learning"  # MLflow's own first page is about chat traces
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 
 
 def serve(root: Path) -> None:

@@ -3,12 +3,14 @@
 from collections import Counter
 from pathlib import Path
 
+import dagster as dg
 import pandas as pd
 import pytest
 from toy_project import calls, copied, rebuilt, replace_reference, run
 
 from alignflow_core.artifact import write_json
-from pipelines import checks
+from alignflow_core.errors import InputError, StageError
+from pipelines import checks, plan
 
 PLAN = "from pathlib import Path; from pipelines.plan import plan; print(*(f'{node}: {cause}' for node, cause in plan(Path('.'))), sep='\\n')"
 MATERIALIZE = "from pathlib import Path; from pipelines.plan import materialize; print(*materialize(Path('.'), mode='inline'))"
@@ -86,6 +88,24 @@ def test_touched_artifacts_and_changed_code_are_noticed(built_toy: Path, tmp_pat
     lines = run(root, "-c", PLAN).splitlines()
     assert lines[0] == "align@dim: files of the artifact changed"
     assert lines[-1] == "report: code changed"
+
+
+def ended_by(error: BaseException) -> dg.ExecuteInProcessResult:
+    """A run in which a step raised this."""
+    @dg.asset
+    def failing() -> None:
+        raise error
+
+    return dg.materialize([failing], raise_on_error=False)
+
+
+def test_errors_come_out_of_dagster_as_they_went_in() -> None:
+    bad = plan.failure(ended_by(InputError("a.png: broken; replace it", "b.png: empty; remove it")), "data@dim")
+    assert isinstance(bad, InputError)
+    assert bad.problems == ("data@dim: a.png: broken; replace it", "data@dim: b.png: empty; remove it")
+    assert str(plan.failure(ended_by(StageError("all refused")), "filter@dim")) == "filter@dim: all refused"
+    assert "ValueError: 7" in str(plan.failure(ended_by(ValueError(7)), "align@dim"))
+    assert isinstance(plan.failure(ended_by(dg.DagsterExecutionInterruptedError()), "align@dim"), KeyboardInterrupt)
 
 
 def manifests(root: Path, references: dict[str, list[str]]) -> None:
