@@ -12,6 +12,7 @@ Layout under a project root::
 import dataclasses
 import importlib
 import json
+import os
 import shutil
 import signal
 import sys
@@ -27,6 +28,10 @@ from alignflow_core.artifact import exclusive, file_hash, json_hash, publish, re
 from alignflow_core.config import Project, load_project
 from alignflow_core.errors import InputError
 from alignflow_core.stages import PACKAGE_DIR, STAGES, Stage, artifact_dir, node_id, source_files
+
+# Threads that wait for each other must sleep, not spin: on a machine with other work spinning made a step twenty times slower.
+# OpenMP reads this when torch is first imported, which stages do later.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 RECORDED_PACKAGES = ("torch", "monai", "numpy", "scipy", "pillow", "pandas", "pyarrow", "safetensors")
 
