@@ -28,12 +28,13 @@ from alignflow_core.segmenter_fit import Diet, fit
 def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
     """Score every aligned pair and write ``manifest.parquet`` with ``kept`` and the first reason against."""
     settings: Filter = config.filter
+    device = prepare(config.machine)  # before the first sum: its threads decide the last bit
     pairs, references = read_pairs(inputs["sample_aligned"]), read_pairs(inputs["references"])
     train = read_pairs(inputs["data:source"], "train")
     outlyingness = _outlyingness(pairs, train)
     draw = np.random.Generator(np.random.PCG64(derive_seed(config.seed, "filter", context.key, "novelty")))
     novelty, copied = novelty_check(pairs.images, references.images, train.images, train.table["group"].to_numpy(), settings.copy_quantile, draw)
-    agreement = _cross_judged(config, pairs, context)
+    agreement = _cross_judged(config, pairs, device, context)
     reasons = np.select([copied, outlyingness > settings.outlier_limit, agreement < settings.agreement_ratio * np.median(agreement)],
                         ["near copy of a reference", "implausible image", "image does not follow its mask"], default="")
     table = pd.DataFrame({"pair_id": pairs.ids, "kept": reasons == "", "reason": reasons, "novelty": novelty,
@@ -57,12 +58,11 @@ def _outlyingness(pairs: Pairs, source: Pairs) -> np.ndarray:
     return size / np.median(size)
 
 
-def _cross_judged(config: Any, pairs: Pairs, context: Any) -> np.ndarray:
+def _cross_judged(config: Any, pairs: Pairs, device: torch.device, context: Any) -> np.ndarray:
     """Dice of each pair's mask against the judge trained on the other half, [N]."""
     settings: Filter = config.filter
     segment: Segment = config.segment
     task: Task = config.task
-    device = prepare(config.machine)
     training = dataclasses.replace(segment.training, steps=settings.judge_steps)
     half = np.arange(len(pairs)) % 2 == 0
     agreement = np.empty(len(pairs))
