@@ -26,7 +26,8 @@ def test_one_process_or_one_each_give_the_same_artifacts(tmp_path: Path) -> None
     nodes = list(load_project(apart / "params.yaml").graph.nodes())
     for stage, key in nodes:
         scope = [] if key is None else [f"--{stage.scope}", key]
-        subprocess.run([sys.executable, "-m", "alignflow_core", "stage", stage.name, *scope, "--root", str(apart), "--quiet"], check=True, timeout=300)
+        command = [sys.executable, "-m", "alignflow_core", "stage", stage.name, *scope, "--root", str(apart), "--quiet"]
+        subprocess.run(command, check=True, timeout=300)
     differing = [node_id(stage.name, key) for stage, key in nodes
                  if read_json(provenance_file(together, stage.name, key))["content"] != read_json(provenance_file(apart, stage.name, key))["content"]]
     assert set(differing) <= {"report"}, differing  # the page prints how long each stage took
