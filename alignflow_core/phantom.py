@@ -2,9 +2,9 @@
 
 The anatomy (disc, cup, vessels, tissue texture) has one law for every camera; a camera decides colour, illumination,
 contrast between regions, tone, blur and noise. Its light is steady up to a few per cent from image to image, so ten
-images say what it is like. Measured with profile ``cpu``, three seeds: a segmenter trained on the source has a mean Dice
-of .97 there, but .68 to .80 on amber, .24 to .45 on dim and .40 to .62 on violet; strong colour augmentation brings .86,
-.94 and .94; one segmenter trained on the target itself has .97 on amber and .95 on dim.
+images say what it is like. Measured at 64 px over four seeds: a segmenter trained on the source has a mean Dice
+of .97 there, but .34 to .80 on amber, .24 to .45 on dim and .40 to .65 on violet; strong colour augmentation brings .86
+to .90, .94 and .94; one segmenter trained on the target itself has .97 on amber and .95 on dim.
 
 The files are the same bytes on every machine: draws are raw words of PCG64, arithmetic is elementwise float64
 ``+ - * / sqrt floor`` (exactly rounded by IEEE 754, in a fixed order; no exp, no sums whose order is the processor's),

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alignflow_core.checkpoint import section
 from alignflow_core.config import Machine, Segment, Task, Training
 from alignflow_core.devices import prepare
 from alignflow_core.flow.ema import Ema
@@ -69,4 +70,4 @@ def fit(diet: Diet, validation: Pairs | None, task: Task, segment: Segment, trai
                 lambda done, total, note: context.progress(done, total, f"{label} {note}"), on_step, state)
     if validation is None:
         return ema.shadow, float("nan")
-    return {name.removeprefix("best:"): value for name, value in state.items() if name.startswith("best:")}, float(state["best_dice"])
+    return section("best", state), float(state["best_dice"])

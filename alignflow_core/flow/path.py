@@ -35,11 +35,6 @@ def sample_path(x0: Tensor, x1: Tensor, t: Tensor) -> PathSample:
     return PathSample((1 - time) * x0 + time * x1, x1 - x0, t)
 
 
-def estimate_x1(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
-    """Data predicted from a point and its velocity: x_t + (1 - t) v."""
-    return x_t + (1 - expand(t, x_t)) * velocity
-
-
 def expand(t: Tensor, like: Tensor) -> Tensor:
     """[B] -> [B, 1, 1, 1]."""
     return t.view(-1, *[1] * (like.ndim - 1))
