@@ -14,7 +14,7 @@ PACKAGE_DIR = Path(__file__).parent
 
 # Modules that carry values or run stages but decide nothing about their content: the values
 # reach a stage's fingerprint through its params, so a change here makes no artifact stale.
-PLUMBING = frozenset({"__init__", "__main__", "config", "stages", "runner", "artifact", "checkpoint", "errors", "devices"})
+PLUMBING = frozenset({"__init__", "__main__", "config", "validation", "stages", "runner", "artifact", "checkpoint", "errors", "devices"})
 
 
 @dataclass(frozen=True)

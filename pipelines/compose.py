@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import yaml
 
-from alignflow_core.config import build_project, nearest
+from alignflow_core.config import build_project
 from alignflow_core.errors import InputError
 
 CONF_DIR = Path(__file__).parent / "conf"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignflow_core.config import NAME_PATTERN, Task, build_project, load_project, nearest
+from alignflow_core.config import NAME_PATTERN, Task, build_project, load_project
 from alignflow_core.errors import InputError
 from alignflow_core.stages import artifact_dir, node_id
 from pipelines.compose import compose, options, write_params

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 REPOSITORY = Path(__file__).parents[1]
-PLUMBING = ("__init__", "__main__", "artifact", "config", "errors", "runner", "stages")
+PLUMBING = ("__init__", "__main__", "artifact", "config", "errors", "runner", "stages", "validation")
 MODULES = ("data", "mask_flow", "image_flow", "sample", "segment", "align", "filtering", "evaluate", "compare", "report")
 TARGETS = ("amber", "dim")
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alignflow_core.config import nearest
 from alignflow_core.errors import InputError
 
 
