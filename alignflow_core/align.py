@@ -2,8 +2,12 @@
 
 Each step minimises ``L_fm(source pairs) - lambda * r(samples, references)``. lambda balances the two gradients'
 norms before the first step, ``|lambda g_r| = rho |g_fm|``, and stays: distances differ by orders of magnitude.
+
+Steps are shared by rounds. A round labels the references with the present segmenter, describes them region by region, and
+tunes the painter; the segmenter is then retrained on pairs of the tuned painter, which look more like the target's.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,164 +18,307 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from alignflow_core.checkpoint import section
+from alignflow_core.artifact import read_json, write_json
+from alignflow_core.checkpoint import prefixed, section
 from alignflow_core.config import Align, ImageFlow, Task
 from alignflow_core.devices import autocast, prepare
+from alignflow_core.errors import InputError
 from alignflow_core.flow.ema import Ema
 from alignflow_core.flow.loss import flow_matching_loss
-from alignflow_core.flow.solver import time_grid
+from alignflow_core.flow.solver import euler, time_grid
 from alignflow_core.flow.train import train
 from alignflow_core.masks import condition
-from alignflow_core.networks import velocity_unet
-from alignflow_core.pairs import read_pairs, to_unit
-from alignflow_core.reward.distances import DISTANCES, Reference, describe
-from alignflow_core.reward.encoders import fit_encoder
-from alignflow_core.reward.gates import Probe
+from alignflow_core.networks import lora, velocity_unet
+from alignflow_core.networks.segmenters import load_segmenter, mean_dice, predict
+from alignflow_core.pairs import Pairs, read_pairs, to_bytes, to_unit
+from alignflow_core.reward import regions
+from alignflow_core.reward.encoders import Material, Standardised, build
+from alignflow_core.reward.gates import RATIOS, Probe, closeness, failures
 from alignflow_core.reward.gradient import SCHEMES, Rewarded
-from alignflow_core.seeding import generator
+from alignflow_core.reward.objective import Known, Objective, steadied
+from alignflow_core.seeding import derive_seed, generator
+from alignflow_core.segmenter_fit import Diet, fit
 
 CALIBRATION_BATCHES = 4
 PROBE_REPEATS = 4
+COLUMNS = ("step", "round", "held_out_reward", "reward", *RATIOS)
+
+Weights = dict[str, Tensor]
 
 
 def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
-    """Tune the stage-1 painter towards the reference set; write the weights of the best held-out reward.
+    """Tune the stage-1 painter towards the reference set; write the weights of the best held-out reward that kept every gate.
 
-    Writes ``weights.safetensors``, ``config.json`` and ``gates.parquet`` (one row per look at the fixed probe set).
+    Writes ``weights.safetensors``, ``config.json``, ``gates.parquet`` (one row per look at the fixed probe set) and
+    ``verdict.json`` (why each round ended and which weights were kept).
+
+    Raises:
+        InputError: ``align.regions: labels`` without labels, or an encoder without its weights.
     """
-    settings: Align = config.align
-    flow: ImageFlow = config.image_flow
-    task: Task = config.task
-    device = prepare(config.machine)
-    pairs, references = read_pairs(inputs["data:source"], "train"), read_pairs(inputs["references"])
-    images, cond = to_unit(pairs.images).to(device), condition(pairs.labels, task, flow.clip).to(device)
-    encoder = fit_encoder(settings.encoder, images)
-    aligning, held_out = (_describe(encoder, to_unit(references.images)[role].to(device), settings.prior_count)
-                          for role in _roles(references.table["role"]))
-    model, facts = velocity_unet.load(inputs["image_flow"])
-    model.adopt_target()
-    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    painter = velocity_unet.in_domain(model, velocity_unet.TARGET)
-    times = time_grid(settings.n_steps)
-    batch = settings.training.batch
-    state = {"queue": torch.zeros(0, aligning.mean.numel(), device=device)}
+    return _Alignment(config, inputs, context).run(out_dir)
 
-    def denoise(draw: torch.Generator) -> float:
-        rows = torch.randint(len(images), (batch,), generator=draw).to(device)
-        with autocast(config.machine, device):
-            loss = flow_matching_loss(model, images[rows], cond[rows], flow.times, draw, flow.coupling, flow.condition_dropout)
+
+class _Alignment:
+    """The painter, its data and its reward; one round at a time."""
+
+    def __init__(self, config: Any, inputs: dict[str, Path], context: Any) -> None:
+        self.config, self.inputs, self.context = config, inputs, context
+        self.settings: Align = config.align
+        self.flow: ImageFlow = config.image_flow
+        self.task: Task = config.task
+        self.device = prepare(config.machine)
+        self.source = read_pairs(inputs["data:source"], "train")
+        self.references = read_pairs(inputs["references"])
+        if self.settings.regions == "labels" and self.references.masks is None:
+            raise InputError(f"target {context.key}: align.regions is 'labels' and its references have no masks; use align.regions=pseudo or none")
+        self.images = to_unit(self.source.images).to(self.device)
+        self.labels = torch.from_numpy(np.array(self.source.labels)).to(self.device)
+        self.cond = condition(self.source.labels, self.task, self.flow.clip).to(self.device)
+        self.reference_images = to_unit(self.references.images).to(self.device)
+        self.aligning, self.held_out = _roles(self.references.table["role"])
+        self.painter = self._painter()
+        self.averaged = self._painter()
+        self.times = time_grid(self.settings.n_steps)
+        weights = self.settings.encoder_weights
+        local = weights is not None and not weights.startswith("hub:")
+        encoder = build(self.settings.encoder, Material(
+            self.images, self.reference_images[torch.from_numpy(self.aligning).to(self.device)], inputs["image_flow"],
+            context.root / str(weights) if local else weights, config.seed, context.work_dir))
+        self.objective = Objective(Standardised(encoder, self.images, self._regions(self.labels)), self.settings)
+        self.probe, self.probe_labels = self._probe()
+
+    def run(self, out_dir: Path) -> dict[str, float]:
+        """All rounds; see :func:`run` of the module."""
+        settings = self.settings
+        labeller = load_segmenter(self.inputs["labeller"], self.device)
+        base_images, base_speed = self._sample(self.painter)
+        weights: Weights = {name: value.detach().clone() for name, value in self.painter.state_dict().items()}
+        n_rounds = settings.rounds if settings.regions == "pseudo" else 1
+        shares = np.diff(np.linspace(0, settings.training.steps, n_rounds + 1).astype(int))
+        looks: list[pd.DataFrame] = []
+        verdicts: list[dict[str, Any]] = []
+        balance = 0.0
+        for number, steps in enumerate(shares.tolist()):
+            known, held_out = self._describe(labeller)
+            balance = balance or self._balance(known)
+            look = self._looker(known, held_out, labeller, base_images, base_speed)
+            weights, rows, verdict = self._round(number, int(shares[:number].sum()), steps, weights, known, balance, look)
+            looks.append(rows)
+            verdicts.append(verdict)
+            if number + 1 < n_rounds:
+                self._relabel(labeller, weights, number)
+        table = pd.concat(looks, ignore_index=True)
+        table["best"] = (table["round"] == n_rounds - 1) & (table["step"] == verdicts[-1]["best_step"])
+        table.to_parquet(out_dir / "gates.parquet", index=False)
+        write_json(out_dir / "verdict.json", {"rounds": verdicts})
+        self._save(out_dir, weights)
+        chosen, start = table[table["best"]].iloc[0], table.iloc[0]
+        return {"best_step": float(chosen["step"]), "steps": float(table["step"].iloc[-1]), "reward_weight": balance,
+                "reward_before": float(start["reward"]), "reward_after": float(chosen["reward"]),
+                "held_out_before": float(start["held_out_reward"]), "held_out_after": float(chosen["held_out_reward"]),
+                **{name: float(chosen[name]) for name in RATIOS}, "gate_failures": float((table["failed"] != "").sum()),
+                "n_references": float(len(self.references)), "n_aligning": float(self.aligning.sum())}
+
+    def _round(self, number: int, first: int, steps: int, start: Weights, known: Known, balance: float,
+               look: Callable[[nn.Module], dict[str, float]]) -> tuple[Weights, pd.DataFrame, dict[str, Any]]:
+        """Tune from ``start``, the weights after ``first`` steps; returns the best weights, one row per look and why the round ended."""
+        settings, context = self.settings, self.context
+        self.painter.load_state_dict(start)
+        state = {f"queue:{i}": f[:0] for i, f in enumerate(self._features(self.images[:2], self.labels[:2]))}
+        state |= {"looks": torch.zeros(0, len(COLUMNS), dtype=torch.float64), **prefixed("best", start)}
+
+        def record(model: nn.Module, done: int) -> None:
+            seen = look(model)
+            context.log(seen, first + done)
+            row = torch.tensor([[first + done, number, *(seen[name] for name in COLUMNS[2:])]], dtype=torch.float64)
+            state["looks"] = torch.cat([state["looks"], row])
+
+        def step(i: int) -> dict[str, float]:
+            draw = generator(self.config.seed, "align", context.key, first + i)
+            loss = self._denoise(draw)
+            past = [state[f"queue:{n}"] for n in range(len(known))]
+            done, features = self._pull(draw, balance, known, past)
+            for n, (before, now) in enumerate(zip(past, features, strict=True)):
+                joined = torch.cat([before, now])
+                state[f"queue:{n}"] = joined[max(0, len(joined) - settings.queue):]
+            return {"loss": loss, "reward": done.reward}
+
+        def on_step(done: int, ema: Ema) -> bool:
+            """Look at the gates; true when the held-out reward has not risen for ``patience`` looks."""
+            if done % settings.check_every and done != steps:
+                return False
+            self.averaged.load_state_dict(ema.shadow)
+            record(self.averaged, done)
+            best, last = self._best(state["looks"]), len(state["looks"]) - 1
+            if best == last:
+                state.update({f"best:{name}": value.clone() for name, value in ema.shadow.items()})
+            return last - best >= settings.patience
+
+        record(self.painter, 0)
+        # A later round starts near its goal: a full step size would first throw it back.
+        training = dataclasses.replace(settings.training, steps=steps, lr=settings.training.lr / (1 + number))
+        train(self.painter, step, training, context.work_dir / f"round{number}.safetensors",
+              lambda metrics, i: context.log(metrics, first + i),
+              lambda done, _, note: context.progress(first + done, settings.training.steps, note), on_step, state)
+        rows = pd.DataFrame(state["looks"].numpy(), columns=list(COLUMNS)).astype({"step": "int64", "round": "int64"})
+        rows["failed"] = ["; ".join(failures(row, settings.gates)) for row in rows[list(RATIOS)].to_dict("records")]
+        best, last = self._best(state["looks"]), int(rows["step"].iloc[-1])
+        reason = "all steps are done" if last == first + steps else f"the held-out reward has not risen for {settings.patience} looks"
+        verdict = {"round": number, "ended_at": last, "best_step": int(rows["step"][best]), "ended_because": reason,
+                   "refused": sorted({reason for reason in rows["failed"][best + 1:] if reason}) if settings.gates.hold else []}
+        return section("best", state), rows, verdict
+
+    def _best(self, looks: Tensor) -> int:
+        """Row of the highest held-out reward among the looks that kept every gate; the round's start is always one of them."""
+        kept = [row for row, seen in enumerate(looks.tolist()) if not row or not self.settings.gates.hold
+                or not failures(dict(zip(COLUMNS, seen, strict=True)), self.settings.gates)]
+        return max(kept, key=lambda row: float(looks[row, COLUMNS.index("held_out_reward")]))
+
+    def _denoise(self, draw: torch.Generator) -> float:
+        """Gradient of the denoising loss on a batch of source pairs."""
+        rows = torch.randint(len(self.images), (self.settings.training.batch,), generator=draw).to(self.device)
+        with autocast(self.config.machine, self.device):
+            loss = flow_matching_loss(self.painter, self.images[rows], self.cond[rows], self.flow.times, draw, self.flow.coupling,
+                                      self.flow.condition_dropout)
         loss.backward()
         return loss.item()
 
-    def pull(draw: torch.Generator, weight: float) -> tuple[Rewarded, Tensor]:
-        """Reward gradient of one batch, steadied by the features of earlier samples."""
-        rows = torch.randint(len(images), (batch,), generator=draw).to(device)
-        x0 = torch.randn((batch, *images.shape[1:]), generator=draw).to(device)
-        past, kept = state["queue"], []
+    def _pull(self, draw: torch.Generator, weight: float, known: Known, past: list[Tensor]) -> tuple[Rewarded, list[Tensor]]:
+        """Gradient of ``weight`` times the reward of one batch, steadied by the features of earlier samples."""
+        settings = self.settings
+        rows = torch.randint(len(self.images), (settings.training.batch,), generator=draw).to(self.device)
+        x0 = torch.randn((settings.training.batch, *self.images.shape[1:]), generator=draw).to(self.device)
+        kept: list[Tensor] = []
 
         def reward(x1: Tensor) -> Tensor:
-            features = encoder(x1.float())
-            kept.append(features.detach())
-            # The batch is only a part of the set whose moments are compared: its gradient is scaled back up.
-            whole = (len(past) + len(features)) / len(features)
-            scaled = features * whole + features.detach() * (1 - whole)
-            return -DISTANCES[settings.reward](torch.cat([past, scaled]), aligning, settings.temperature)
+            features = self._features(x1.float(), self.labels[rows])
+            kept[:] = [f.detach() for f in features]
+            return -self.objective(steadied(features, past), known)
 
-        with autocast(config.machine, device):
-            done = SCHEMES[settings.gradient](painter, x0, cond[rows], times, reward, settings.k, draw, weight)
-        return done, kept[0]
+        with autocast(self.config.machine, self.device):
+            done = SCHEMES[settings.gradient](velocity_unet.in_domain(self.painter, velocity_unet.TARGET), x0, self.cond[rows], self.times,
+                                              reward, settings.k, draw, weight)
+        return done, kept
 
-    weight = _balance(model, settings, denoise, pull, config.seed)
-    probe = _probe(config.seed, cond, images.shape[1:], settings, device)
-    base: dict[str, float] = {}
+    def _balance(self, known: Known) -> float:
+        """lambda = rho * mean |g_fm| / mean |g_r| over a few batches of the base model."""
+        norms = {"denoise": 0.0, "reward": 0.0}
+        nothing = [f[:0] for f in self._features(self.images[:2], self.labels[:2])]
+        for i in range(CALIBRATION_BATCHES):
+            draw = generator(self.config.seed, "align", "balance", i)
+            for name in norms:
+                self.painter.zero_grad(set_to_none=True)
+                if name == "denoise":
+                    self._denoise(draw)
+                else:
+                    self._pull(draw, 1.0, known, nothing)
+                norms[name] += math.sqrt(sum(float(p.grad.square().sum()) for p in self.painter.parameters() if p.grad is not None))
+        self.painter.zero_grad(set_to_none=True)
+        return self.settings.rho * norms["denoise"] / max(norms["reward"], 1e-12)
 
-    def look(velocity_model: nn.Module) -> dict[str, float]:
-        """Held-out reward and the gates' ratios to the base."""
-        with autocast(config.machine, device):
-            x1, speed = probe.sample(velocity_unet.in_domain(velocity_model, velocity_unet.TARGET))
-        features = encoder(x1.float())
-        base.setdefault("speed", speed)
-        base.setdefault("diversity", probe.diversity(features))
-        distance = DISTANCES[settings.reward]
-        return {"held_out_reward": -float(distance(features, held_out, settings.temperature)),
-                "reward": -float(distance(features, aligning, settings.temperature)),
-                "diversity_ratio": probe.diversity(features) / base["diversity"], "velocity_ratio": speed / base["speed"]}
+    def _looker(self, known: Known, held_out: Known, labeller: nn.Module, base_images: Tensor,
+                base_speed: float) -> Callable[[nn.Module], dict[str, float]]:
+        """A function from a painter to its rewards and its ratios to stage 1 on the probe set."""
+        probe_labels = self.probe_labels.cpu().numpy()
+        shown = [self.references.images[rows] for rows in (self.aligning, self.held_out)]
+        closest = None if (self.aligning == self.held_out).all() else shown[1]
 
-    first = look(model)
-    state["looks"] = torch.tensor([[0.0, *first.values()]], dtype=torch.float64)
-    state |= {f"best:{name}": value.detach().clone() for name, value in model.state_dict().items()}
-    averaged, _ = velocity_unet.load(inputs["image_flow"])
-    averaged = averaged.to(device)
+        def facts(images: Tensor) -> tuple[list[Tensor], float, float, float]:
+            features, seen = self._features(images, self.probe_labels), to_bytes(images)
+            agreement = float(mean_dice(predict(labeller, seen, self.task, self.device), probe_labels, self.task).mean())
+            return features, self.probe.diversity(features[0]), agreement, closeness(seen, shown[0], closest)
 
-    def step(i: int) -> dict[str, float]:
-        draw = generator(config.seed, "align", context.key, i)
-        loss = denoise(draw)
-        done, features = pull(draw, weight)
-        past = torch.cat([state["queue"], features])
-        state["queue"] = past[max(0, len(past) - settings.queue):]
-        return {"loss": loss, "reward": done.reward}
+        _, *base = facts(base_images)
 
-    def on_step(done: int, ema: Ema) -> bool:
-        """Look at the gates; true when the held-out reward has not risen for ``patience`` looks."""
-        if done % settings.check_every and done != settings.training.steps:
-            return False
-        averaged.load_state_dict(ema.shadow)
-        seen = look(averaged)
-        context.log(seen, done)
-        state["looks"] = torch.cat([state["looks"], torch.tensor([[float(done), *seen.values()]], dtype=torch.float64)])
-        best_row, last_row = int(state["looks"][:, 1].argmax()), len(state["looks"]) - 1
-        if best_row == last_row:
-            state.update({f"best:{name}": value.clone() for name, value in ema.shadow.items()})
-        return last_row - best_row >= settings.patience
+        def look(model: nn.Module) -> dict[str, float]:
+            images, speed = self._sample(model)
+            features, *own = facts(images)
+            diversity, agreement, copying = (a / max(b, 1e-9) for a, b in zip(own, base, strict=True))
+            return {"held_out_reward": -float(self.objective(features, held_out)), "reward": -float(self.objective(features, known)),
+                    **dict(zip(RATIOS, (diversity, speed / base_speed, agreement, copying), strict=True))}
 
-    train(model, step, settings.training, context.work_dir / "state.safetensors", context.log, context.progress, on_step, state)
+        return torch.no_grad()(look)
 
-    rows = state["looks"]
-    best_row = int(rows[:, 1].argmax())
-    table = pd.DataFrame(rows.numpy(), columns=["step", *first])
-    table["step"] = table["step"].astype("int64")
-    table["best"] = table.index == best_row
-    table.to_parquet(out_dir / "gates.parquet", index=False)
-    velocity_unet.save(out_dir, section("best", state), facts["channels"], facts["cond_channels"],
-                       flow.network, domain=velocity_unet.TARGET, clip=facts["clip"], reward=settings.reward, gradient=settings.gradient)
-    chosen, start = table.iloc[best_row], table.iloc[0]
-    return {"best_step": float(chosen["step"]), "steps": float(table["step"].iloc[-1]), "reward_weight": weight,
-            "reward_before": float(start["reward"]), "reward_after": float(chosen["reward"]),
-            "held_out_before": float(start["held_out_reward"]), "held_out_after": float(chosen["held_out_reward"]),
-            "diversity_ratio": float(chosen["diversity_ratio"]), "velocity_ratio": float(chosen["velocity_ratio"]),
-            "n_references": float(len(references)), "n_aligning": float((references.table["role"] == "align").sum())}
+    def _describe(self, labeller: nn.Module) -> tuple[Known, Known]:
+        """What is known of the aligning and of the held-out references."""
+        if self.settings.regions == "labels":
+            membership = self._regions(torch.from_numpy(np.array(self.references.labels)).to(self.device))
+        elif self.settings.regions == "pseudo":
+            membership = regions.from_segmenter(labeller, self.reference_images, self.task, self.settings.confidence)
+        else:
+            membership = self.reference_images.new_zeros(len(self.references), 0, *self.reference_images.shape[2:])
+        chosen = [torch.from_numpy(rows).to(self.device) for rows in (self.aligning, self.held_out)]
+        aligning, held_out = (self.objective.describe(self.reference_images[rows], membership[rows]) for rows in chosen)
+        return aligning, held_out
+
+    def _relabel(self, labeller: nn.Module, weights: Weights, number: int) -> None:
+        """Retrain the labeller on source pairs and pairs of the tuned painter."""
+        settings = self.settings
+        self.averaged.load_state_dict(weights)
+        painter = velocity_unet.in_domain(self.averaged, velocity_unet.TARGET)
+        draw = generator(self.config.seed, "align", self.context.key, "pairs", number)
+        rows = torch.randperm(len(self.images), generator=draw)[:settings.relabel_pairs]
+        painted = []
+        with torch.no_grad(), autocast(self.config.machine, self.device):
+            for part in rows.split(32):
+                x0 = torch.randn((len(part), *self.images.shape[1:]), generator=draw).to(self.device)
+                painted.append(to_bytes(euler(painter, x0, self.cond[part.to(self.device)], self.times)))
+        chosen = self.source.select(rows.numpy())
+        aligned = Pairs(np.concatenate(painted), chosen.masks, chosen.ids, chosen.table)
+        start = {name: value.clone() for name, value in labeller.state_dict().items()}
+        channels = tuple(read_json(self.inputs["labeller"] / "config.json")["unet_channels"])
+        trained, _ = fit(Diet(self.source, aligned), None, self.task, channels, settings.relabel, self.config.machine,
+                         (self.config.seed, "align", self.context.key, "relabel", number), self.context.work_dir / f"relabel{number}.safetensors",
+                         dataclasses.replace(self.context, progress=lambda done, total, note: None), start=start)
+        labeller.load_state_dict(trained)
+        labeller.eval()
+
+    def _features(self, images: Tensor, labels: Tensor) -> list[Tensor]:
+        """Standardised features of images whose masks are known, of the whole and of each region."""
+        features: list[Tensor] = self.objective.encoder(images, self._regions(labels))
+        return features
+
+    def _regions(self, labels: Tensor) -> Tensor:
+        """Membership [N, R, H, W] of the regions that are compared; R = 0 without regions."""
+        if self.settings.regions == "none":
+            return torch.zeros(len(labels), 0, *labels.shape[1:], device=self.device)
+        return regions.from_labels(labels, len(self.task.classes))
+
+    @torch.no_grad()
+    def _sample(self, model: nn.Module) -> tuple[Tensor, float]:
+        """The probe's images in the target's domain, and their root mean square velocity."""
+        with autocast(self.config.machine, self.device):
+            images, speed = self.probe.sample(velocity_unet.in_domain(model, velocity_unet.TARGET))
+        return images.float(), speed
+
+    def _probe(self) -> tuple[Probe, Tensor]:
+        """A fixed set of masks with several noises each, and the masks."""
+        draw = generator(self.config.seed, "align", "probe")
+        masks = max(1, self.settings.check_samples // PROBE_REPEATS)
+        rows = torch.randint(len(self.cond), (masks,), generator=draw).repeat_interleave(PROBE_REPEATS)
+        x0 = torch.randn((len(rows), *self.images.shape[1:]), generator=draw).to(self.device)
+        rows = rows.to(self.device)
+        return Probe(x0, self.cond[rows], self.times, PROBE_REPEATS), self.labels[rows]
+
+    def _painter(self) -> velocity_unet.VelocityUNet:
+        """Stage 1 with the target's domain as a copy of the source's; with adapters if they are asked for."""
+        model, _ = velocity_unet.load(self.inputs["image_flow"])
+        model.adopt_target()
+        if self.settings.adapter == "lora":
+            lora.adapt(model, self.settings.lora_rank, derive_seed(self.config.seed, "align", "lora"), free=(model.unet.class_embedding,))
+        return model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+    def _save(self, out_dir: Path, weights: Weights) -> None:
+        """Write the chosen weights as a plain network."""
+        self.averaged.load_state_dict(weights)
+        lora.merge(self.averaged)
+        facts = read_json(self.inputs["image_flow"] / "config.json")
+        velocity_unet.save(out_dir, self.averaged.state_dict(), facts["channels"], facts["cond_channels"], self.flow.network,
+                           domain=velocity_unet.TARGET, clip=facts["clip"], reward=self.settings.reward, encoder=self.settings.encoder,
+                           regions=self.settings.regions, gradient=self.settings.gradient, adapter=self.settings.adapter)
 
 
 def _roles(role: "pd.Series[str]") -> tuple[np.ndarray, np.ndarray]:
     """Row masks of the aligning and the held-out references; too few to hold any out: the aligning ones serve twice."""
     aligning, held_out = np.array(role == "align"), np.array(role == "held_out")
     return aligning, held_out if held_out.any() else aligning
-
-
-@torch.no_grad()
-def _describe(encoder: nn.Module, images: Tensor, prior_count: float) -> Reference:
-    return describe(encoder(images), prior_count)
-
-
-def _probe(seed: int, cond: Tensor, shape: torch.Size, settings: Align, device: torch.device) -> Probe:
-    """A fixed set of masks with several noises each."""
-    draw = generator(seed, "align", "probe")
-    masks = max(1, settings.check_samples // PROBE_REPEATS)
-    rows = torch.randint(len(cond), (masks,), generator=draw).repeat_interleave(PROBE_REPEATS)
-    x0 = torch.randn((len(rows), *shape), generator=draw).to(device)
-    return Probe(x0, cond[rows.to(device)], time_grid(settings.n_steps), PROBE_REPEATS)
-
-
-def _balance(model: nn.Module, settings: Align, denoise: Callable[[torch.Generator], float],
-             pull: Callable[[torch.Generator, float], tuple[Rewarded, Tensor]], seed: int) -> float:
-    """lambda = rho * mean |g_fm| / mean |g_r| over a few batches of the base model."""
-    norms = {"denoise": 0.0, "reward": 0.0}
-    for i in range(CALIBRATION_BATCHES):
-        draw = generator(seed, "align", "balance", i)
-        for name, act in (("denoise", lambda d: denoise(d)), ("reward", lambda d: pull(d, 1.0))):
-            model.zero_grad(set_to_none=True)
-            act(draw)
-            norms[name] += math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None))
-    model.zero_grad(set_to_none=True)
-    return settings.rho * norms["denoise"] / max(norms["reward"], 1e-12)
-

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from alignflow_core.errors import InputError
+from alignflow_core.reward.registry import DISTANCES, ENCODERS
 from alignflow_core.stages import Graph
 from alignflow_core.validation import at_least, between, build, nearest, one_of, positive
 
@@ -165,13 +166,41 @@ class ImageFlow:
 
 
 @dataclass(frozen=True)
+class Labeller:
+    """The segmenter that stage 2 asks for the references' pseudo-masks: source pairs under strong colour augmentation."""
+
+    channels: tuple[int, ...] = (16, 32, 64, 128)
+    training: Training = field(default_factory=Training)
+    colour_strength: float = 0.4
+    check_every: int = 50
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Limits on a fixed set of noise and masks, as ratios to stage 1 (see ``reward/gates.py``); ``hold`` off only records them."""
+
+    hold: bool = True
+    diversity: float = 0.8
+    velocity: float = 1.1
+    agreement: float = 0.75
+    copying: float = 0.9
+
+
+@dataclass(frozen=True)
 class Align:
     """Stage 2 of one target (see ``align.py``).
 
     Attributes:
-        reward: ``frechet`` (default) or ``skl`` (the paper's).
-        gradient: ``sparse`` (default) or ``last_k``; ``k`` network calls carry gradient.
+        reward, encoder: names of ``reward/registry.py``.
+        encoder_weights: of ``encoder: pretrained``, a folder with config.json and model.safetensors or ``hub:OWNER/NAME``.
+        regions: ``none``, ``pseudo`` (from a segmenter's confident pixels) or ``labels`` (the references' own masks).
+        region_share: weight of the mean distance over regions; the rest is the whole image's.
+        confidence: least probability of a pseudo-labelled pixel.
+        rounds: with ``pseudo``, the steps are shared by so many rounds; before each but the first the segmenter is retrained on
+            ``relabel_pairs`` aligned pairs (``relabel``) and labels the references anew.
+        gradient: ``sparse`` (default), ``last_k`` or ``full``; ``k`` network calls carry gradient.
         n_steps: solver steps of the rollout.
+        adapter: ``all`` weights or ``lora`` of rank ``lora_rank``.
         rho: ratio of the reward gradient's norm to the denoising gradient's, fixed at step 0.
         prior_count: pseudo-count of the source's own variances when shrinking the reference moments.
         queue: feature vectors of earlier samples kept to steady the sample moments.
@@ -181,9 +210,18 @@ class Align:
 
     reward: str = "frechet"
     encoder: str = "statconv"
+    encoder_weights: str | None = None
+    regions: str = "pseudo"
+    region_share: float = 0.5
+    confidence: float = 0.8
+    rounds: int = 2
+    relabel: Training = field(default_factory=Training)
+    relabel_pairs: int = 96
     gradient: str = "sparse"
     k: int = 2
     n_steps: int = 8
+    adapter: str = "all"
+    lora_rank: int = 16
     training: Training = field(default_factory=Training)
     rho: float = 10.0
     prior_count: float = 10.0
@@ -192,14 +230,26 @@ class Align:
     check_every: int = 20
     check_samples: int = 16
     patience: int = 5
+    gates: Gates = field(default_factory=Gates)
 
     def __post_init__(self) -> None:
-        one_of("align.reward", self.reward, ("frechet", "skl"))
-        one_of("align.encoder", self.encoder, ("statconv",))
-        one_of("align.gradient", self.gradient, ("sparse", "last_k"))
+        one_of("align.reward", self.reward, DISTANCES)
+        one_of("align.encoder", self.encoder, ENCODERS)
+        one_of("align.regions", self.regions, ("none", "pseudo", "labels"))
+        one_of("align.gradient", self.gradient, ("sparse", "last_k", "full"))
+        one_of("align.adapter", self.adapter, ("all", "lora"))
+        between("align.region_share", self.region_share, 0.0, 1.0)
+        between("align.confidence", self.confidence, 0.0, 1.0)
+        at_least("align.rounds", self.rounds, 1)
+        at_least("align.lora_rank", self.lora_rank, 1)
         at_least("align.k", self.k, 1)
         if self.k > self.n_steps:
             raise InputError(f"align.k: {self.k} is more than align.n_steps ({self.n_steps}); lower k")
+        if (self.encoder == "pretrained") != (self.encoder_weights is not None):
+            raise InputError("align.encoder_weights: encoder 'pretrained' needs it, others do not; give a folder with config.json and "
+                             "model.safetensors, or hub:OWNER/NAME where the network may be used")
+        if self.rounds > self.training.steps:
+            raise InputError(f"align.rounds: {self.rounds} is more than align.training.steps ({self.training.steps}); lower rounds")
 
 
 @dataclass(frozen=True)
@@ -230,13 +280,17 @@ class Data:
 
 @dataclass(frozen=True)
 class Sample:
-    """Synthesis. ``mask_source``: ``real`` source masks, ``flow`` masks, or ``mixed`` half and half."""
+    """Synthesis. ``mask_source``: ``real`` source masks, ``flow`` masks, or ``mixed`` half and half.
+
+    ``strength`` dials alignment: 0 paints with stage 1, 1 with the aligned weights, between with weights on the line between.
+    """
 
     n_pairs: int = 256
     batch: int = 32
     solver: str = "euler"
     n_steps: int = 12
     guidance_scale: float = 1.0
+    strength: float = 1.0
     mask_source: str = "mixed"
     area_quantile: float = 0.005
     copy_dice: float = 0.98
@@ -245,6 +299,7 @@ class Sample:
         one_of("sample.solver", self.solver, ("euler", "heun", "midpoint"))
         one_of("sample.mask_source", self.mask_source, ("real", "flow", "mixed"))
         at_least("sample.n_pairs", self.n_pairs, 4)
+        between("sample.strength", self.strength, 0.0, 1.5)
 
 
 @dataclass(frozen=True)
@@ -313,6 +368,7 @@ class Project:
     data: Data = field(default_factory=Data)
     mask_flow: MaskFlow = field(default_factory=MaskFlow)
     image_flow: ImageFlow = field(default_factory=ImageFlow)
+    labeller: Labeller = field(default_factory=Labeller)
     sample: Sample = field(default_factory=Sample)
     filter: Filter = field(default_factory=Filter)
     segment: Segment = field(default_factory=Segment)

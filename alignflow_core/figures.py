@@ -92,13 +92,14 @@ def gates(table: pd.DataFrame) -> str:
     """Reward on aligned and held-out references above, the ratios that must not fall or blow up below, over the steps of stage 2."""
     with plt.rc_context(STYLE):
         figure, (upper, lower) = plt.subplots(2, 1, figsize=(4.7, 4.1), sharex=True)
-        if "reward" in table:
-            upper.plot(table["step"], table["reward"], color="#4aa3df", label="references aligned to")
+        upper.plot(table["step"], table["reward"], color="#4aa3df", label="references aligned to")
         upper.plot(table["step"], table["held_out_reward"], color="#00589c", lw=2, label="references held out")
         upper.set(ylabel="reward")
-        for name, colour in (("diversity_ratio", "#00906a"), ("velocity_ratio", "#d98e04"), ("mask_agreement", "#8f5fae")):
-            if name in table:
-                lower.plot(table["step"], table[name], color=colour, label=name.replace("_", " "))
+        ratios = {"diversity_ratio": "#00906a", "velocity_ratio": "#d98e04", "agreement_ratio": "#8f5fae", "copy_ratio": "#c0392b"}
+        for name, colour in ratios.items():
+            lower.plot(table["step"], table[name], color=colour, label=name.removesuffix("_ratio"))
+        failed = table[table["failed"] != ""]
+        upper.plot(failed["step"], failed["held_out_reward"], "x", color="#c0392b", label="refused" if len(failed) else None)
         lower.axhline(1, color="#b9c0ca", lw=0.8)
         lower.set(xlabel="step", ylabel="ratio to stage 1")
         for axis in (upper, lower):

@@ -20,7 +20,8 @@ from alignflow_core.errors import StageError
 from alignflow_core.metrics.copying import novelty_check
 from alignflow_core.networks.segmenters import build_segmenter, mean_dice, predict
 from alignflow_core.pairs import Pairs, read_pairs, to_unit
-from alignflow_core.reward.encoders import fit_encoder
+from alignflow_core.reward.encoders import Standardised
+from alignflow_core.reward.statconv import StatConv
 from alignflow_core.seeding import derive_seed
 from alignflow_core.segmenter_fit import Diet, fit
 
@@ -51,7 +52,8 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
 def _outlyingness(pairs: Pairs, source: Pairs) -> np.ndarray:
     """Root mean square of robust z-scores of a pair's features within the set, over its median: 1 is typical, [N]."""
     with torch.no_grad():
-        features = fit_encoder("statconv", to_unit(source.images))(to_unit(pairs.images)).numpy()
+        real, painted = to_unit(source.images), to_unit(pairs.images)
+        features = Standardised(StatConv(), real, real[:, :0])(painted, painted[:, :0])[0].numpy()
     centred = features - np.median(features, axis=0)
     z = centred / (1.4826 * np.median(np.abs(centred), axis=0) + 1e-6)
     size = np.sqrt(np.mean(np.clip(z, -20, 20) ** 2, axis=1))
@@ -67,8 +69,8 @@ def _cross_judged(config: Any, pairs: Pairs, device: torch.device, context: Any)
     half = np.arange(len(pairs)) % 2 == 0
     agreement = np.empty(len(pairs))
     for number, trained_on in enumerate((half, ~half)):
-        weights, _ = fit(Diet(pairs.select(trained_on)), None, task, segment, training, config.machine, (config.seed, "filter", "judge", number),
-                         context.work_dir / f"judge{number}.safetensors", context)
+        weights, _ = fit(Diet(pairs.select(trained_on)), None, task, segment.channels, training, config.machine,
+                         (config.seed, "filter", "judge", number), context.work_dir / f"judge{number}.safetensors", context)
         judge = build_segmenter(len(task.classes), segment.channels, 0)
         judge.load_state_dict(weights)
         judged = pairs.select(~trained_on)

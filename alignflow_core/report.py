@@ -116,7 +116,7 @@ def _target(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], so
         "grid": _grid(target, config, inputs, source, references, pairs["kept"].to_numpy(bool)),
         "map": figures.feature_map(pd.read_parquet(folder / "features.parquet")),
         "gates": figures.gates(pd.read_parquet(inputs[f"align:{target}"] / "gates.parquet")),
-        "align": read_json(inputs[f"align:{target}"] / "metrics.json"),
+        "align": read_json(inputs[f"align:{target}"] / "metrics.json"), "verdict": read_json(inputs[f"align:{target}"] / "verdict.json")["rounds"],
     }
 
 

@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -108,9 +108,16 @@ def raw_dirs(project: Project, stage: Stage, key: str | None, root: Path) -> dic
     return {dotted: (root / value).resolve() for dotted, value in values.items() if value is not None}
 
 
-def code_hash(stage_name: str) -> str:
-    """Hash of the source files that decide a stage's result."""
-    return json_hash({name: file_hash(PACKAGE_DIR / name) for name in source_files(stage_name)})
+def chosen_files(project: Project, stage: Stage, key: str | None) -> dict[str, str]:
+    """Files that a stage depends on because params.yaml names what they hold: last word of the dotted key -> file in the package."""
+    values = stage_params(project, dataclasses.replace(stage, params=tuple(stage.chosen)), key)
+    return {dotted.rpartition(".")[2]: registry[value].partition(":")[0].replace(".", "/") + ".py"
+            for (dotted, registry), value in zip(stage.chosen.items(), values.values(), strict=True)}
+
+
+def code_hash(stage_name: str, chosen: Iterable[str] = ()) -> str:
+    """Hash of the source files that decide a stage's result: the stage's own and those of what it chooses by name."""
+    return json_hash({name: file_hash(PACKAGE_DIR / name) for name in sorted({*source_files(stage_name), *chosen})})
 
 
 def plan_stage(project: Project, root: Path, stage: Stage, key: str | None) -> Plan:
@@ -131,7 +138,7 @@ def plan_stage(project: Project, root: Path, stage: Stage, key: str | None) -> P
             raise InputError(f"{folder}: no such folder ({dotted}); create it or correct the path")
         raw[dotted] = tree_hash(folder)
     params = stage_params(project, stage, key)
-    code = code_hash(stage.name)
+    code = code_hash(stage.name, chosen_files(project, stage, key).values())
     return Plan(json_hash([stage.name, key, params, inputs, raw, code]), params, inputs, raw, code)
 
 

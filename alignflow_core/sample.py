@@ -53,19 +53,27 @@ def run_masks(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any)
 
 def run_stage1(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
     """Paint the synthetic masks with the stage-1 model."""
-    return _paint(config, inputs["image_flow"], inputs["sample_masks"], out_dir, context)
+    return _paint(config, inputs["image_flow"], None, inputs["sample_masks"], out_dir, context)
 
 
 def run_aligned(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
     """Paint the synthetic masks with the target's aligned model, from the same noise as stage 1."""
-    return _paint(config, inputs["align"], inputs["sample_masks"], out_dir, context)
+    return _paint(config, inputs["align"], inputs["image_flow"], inputs["sample_masks"], out_dir, context)
 
 
-def _paint(config: Any, checkpoint_dir: Path, masks_dir: Path, out_dir: Path, context: Any) -> dict[str, float]:
-    """Image i from noise seeded by (seed, "pair", i); finished chunks survive an interruption."""
+def _paint(config: Any, checkpoint_dir: Path, base_dir: Path | None, masks_dir: Path, out_dir: Path, context: Any) -> dict[str, float]:
+    """Image i from noise seeded by (seed, "pair", i); finished chunks survive an interruption.
+
+    With a base the weights are ``base + strength (checkpoint - base)``.
+    """
     settings: Sample = config.sample
     device = prepare(config.machine)
     model, facts = velocity_unet.load(checkpoint_dir)
+    if base_dir is not None and settings.strength != 1:
+        base, _ = velocity_unet.load(base_dir)
+        base.adopt_target()
+        aligned = model.state_dict()
+        model.load_state_dict({name: value.lerp(aligned[name], settings.strength) for name, value in base.state_dict().items()})
     model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     masks = read_array(masks_dir / "masks.npy")
     chunks = range(0, len(masks), settings.batch)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from alignflow_core.checkpoint import section
-from alignflow_core.config import Machine, Segment, Task, Training
+from alignflow_core.config import Machine, Task, Training
 from alignflow_core.devices import prepare
 from alignflow_core.flow.ema import Ema
 from alignflow_core.flow.train import train
@@ -28,18 +28,22 @@ class Diet:
     colour: float = 0.0
 
 
-def fit(diet: Diet, validation: Pairs | None, task: Task, segment: Segment, training: Training, machine: Machine, names: tuple[object, ...],
-        state_file: Path, context: Any) -> tuple[dict[str, Tensor], float]:
+def fit(diet: Diet, validation: Pairs | None, task: Task, channels: tuple[int, ...], training: Training, machine: Machine,
+        names: tuple[object, ...], state_file: Path, context: Any, check_every: int = 50,
+        start: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], float]:
     """Train a segmenter; returns the averaged weights of the best validation Dice, and that Dice.
 
     Args:
-        validation: looked at every ``segment.check_every`` steps; ``None`` takes the last weights (Dice is then NaN).
+        validation: looked at every ``check_every`` steps; ``None`` takes the last weights (Dice is then NaN).
         names: seed path of this run, for instance ``(seed, "segment", arm, 0)``.
         state_file: resumable state.
+        start: weights to start from; ``None`` draws them.
     """
     device = prepare(machine)
-    model = build_segmenter(len(task.classes), segment.channels, derive_seed(*names, "weights")).to(device)
-    averaged = build_segmenter(len(task.classes), segment.channels, 0).to(device)
+    model = build_segmenter(len(task.classes), channels, derive_seed(*names, "weights")).to(device)
+    averaged = build_segmenter(len(task.classes), channels, 0).to(device)
+    if start is not None:
+        model.load_state_dict(start)
     n_added = round(diet.share * training.batch) if diet.added is not None else 0
 
     def batch(i: int) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +58,7 @@ def fit(diet: Diet, validation: Pairs | None, task: Task, segment: Segment, trai
     state = {"best_dice": torch.tensor([-1.0])} | {f"best:{name}": value.clone() for name, value in model.state_dict().items()}
 
     def on_step(done: int, ema: Ema) -> bool:
-        if validation is None or (done % segment.check_every and done != training.steps):
+        if validation is None or (done % check_every and done != training.steps):
             return False
         averaged.load_state_dict(ema.shadow)
         dice = float(mean_dice(predict(averaged, validation.images, task, device), validation.labels, task).mean())

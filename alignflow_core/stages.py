@@ -5,16 +5,19 @@ Standard library only, so that orchestrators can read the graph without importin
 """
 
 import ast
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+
+from alignflow_core.reward.registry import DISTANCES, ENCODERS
 
 PACKAGE_DIR = Path(__file__).parent
 
 # Modules that carry values or run stages but decide nothing about their content: the values
 # reach a stage's fingerprint through its params, so a change here makes no artifact stale.
-PLUMBING = frozenset({"__init__", "__main__", "config", "validation", "stages", "runner", "artifact", "checkpoint", "errors", "devices"})
+PLUMBING = frozenset({"__init__", "__main__", "reward.registry", "config", "validation", "stages", "runner", "artifact", "checkpoint", "errors",
+                      "devices"})
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Stage:
             ``evaluate:all`` one per key (fan-in). No suffix: the same key, or the project's only one.
         params: dotted keys of params.yaml; ``{key}`` is the stage's own key.
         raw: dotted keys of params.yaml that name a raw folder read by the stage (may be null there).
+        chosen: dotted key of params.yaml -> the registry that turns its value into ``module:object``; the stage depends on the
+            file of that module alone, not on the other choices.
         gpu: wants the accelerator when there is one.
         group: heading in the Dagster asset graph.
         description: one sentence for people.
@@ -47,6 +52,7 @@ class Stage:
     gpu: bool
     group: str
     description: str
+    chosen: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 STAGES: dict[str, Stage] = {
@@ -74,10 +80,14 @@ STAGES: dict[str, Stage] = {
         Stage("segment_source", "source_segmenters", "project", "segment:run_source", ("data:source", "sample_stage1"),
               ("seed", "machine", "task", "segment"), (), True, "5_downstream",
               "Segmenters of the arms that see no target: source, source+colour, stage1."),
-        Stage("align", "aligned_checkpoint", "target", "align:run", ("image_flow", "data:source", "references"),
+        Stage("labeller", "source_labeller", "project", "labeller:run", ("data:source",),
+              ("seed", "machine", "task", "labeller"), (), True, "3_stage_two",
+              "Segmenter of the source under strong colour augmentation that finds the references' regions."),
+        Stage("align", "aligned_checkpoint", "target", "align:run", ("image_flow", "labeller", "data:source", "references"),
               ("seed", "machine", "task", "image_flow", "targets.{key}.align"), (), True, "3_stage_two",
-              "Stage 2: the painter tuned by a differentiable reward towards the reference set."),
-        Stage("sample_aligned", "synthetic_images", "target", "sample:run_aligned", ("align", "sample_masks"),
+              "Stage 2: the painter tuned by a differentiable reward towards the reference set.",
+              {"targets.{key}.align.reward": DISTANCES, "targets.{key}.align.encoder": ENCODERS}),
+        Stage("sample_aligned", "synthetic_images", "target", "sample:run_aligned", ("align", "image_flow", "sample_masks"),
               ("seed", "machine", "task", "sample"), (), True, "4_synthesis",
               "Target-like images painted by stage 2 from the synthetic masks."),
         Stage("filter", "filtered_pairs", "target", "filtering:run",
@@ -159,7 +169,7 @@ def artifact_dir(stage: str, key: str | None) -> Path:
 def source_files(stage_name: str) -> tuple[str, ...]:
     """Files of the package whose change can change the stage's result, relative to the package.
 
-    Follows imports from the stage's own module, leaving out :data:`PLUMBING`.
+    Follows imports from the stage's own module, leaving out :data:`PLUMBING`. What a target chooses by name comes on top.
     """
     found: set[str] = set()
 

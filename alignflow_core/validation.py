@@ -61,7 +61,7 @@ def nearest(name: str, names: typing.Iterable[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else f" (valid: {', '.join(names)})"
 
 
-def one_of(key: str, value: str, valid: tuple[str, ...]) -> None:
+def one_of(key: str, value: str, valid: typing.Collection[str]) -> None:
     """Refuse a value outside ``valid``."""
     if value not in valid:
         raise InputError(f"{key}: unknown value '{value}'{nearest(value, valid)}")

@@ -12,6 +12,7 @@ import yaml
 
 from alignflow_core.config import build_project
 from alignflow_core.errors import InputError
+from alignflow_core.validation import nearest
 
 CONF_DIR = Path(__file__).parent / "conf"
 GROUPS = ("profile", "task", "reward", "encoder")

@@ -14,7 +14,7 @@ import yaml
 
 from alignflow_core.config import Project, load_project
 from alignflow_core.errors import InputError
-from alignflow_core.runner import code_hash, provenance_file
+from alignflow_core.runner import chosen_files, code_hash, provenance_file
 from alignflow_core.stages import PACKAGE_DIR, STAGES, Stage, artifact_dir, source_files
 
 HEADER = "# Written from alignflow_core/stages.py and params.yaml by 'python -m pipelines.dvcfile'; do not edit.\n"
@@ -53,7 +53,7 @@ def _stage(project: Project, stage: Stage, root: Path) -> dict[str, Any]:
     }
     if key is None:
         return entry
-    return {"foreach": {each: _item(project, stage, each) for each in project.graph.keys(stage) if each}, "do": entry}
+    return {"foreach": {each: _item(project, stage, each, root) for each in project.graph.keys(stage) if each}, "do": entry}
 
 
 def _inputs(project: Project, stage: Stage, key: str | None) -> list[str]:
@@ -70,23 +70,27 @@ def _inputs(project: Project, stage: Stage, key: str | None) -> list[str]:
     return [folder.as_posix() for folder in found]
 
 
-def _item(project: Project, stage: Stage, key: str) -> dict[str, str]:
-    """What ``${item.…}`` stands for: the target's domain and the raw folder.
+def _item(project: Project, stage: Stage, key: str, root: Path) -> dict[str, str]:
+    """What ``${item.…}`` stands for: the target's domain, the raw folder, the files of what the target chooses by name.
 
     References drawn from their domain have no folder of their own; the domain's stands in for it.
     """
     if stage.scope == "domain":
         return {"raw": project.domains[key].dir}
     domain, references = project.targets[key].domain, project.targets[key].references
-    return {"domain": domain} | ({"raw": references.dir or project.domains[domain].dir} if stage.raw else {})
+    raw = {"raw": references.dir or project.domains[domain].dir} if stage.raw else {}
+    chosen = chosen_files(project, stage, key)
+    if PACKAGE_DIR.is_relative_to(root):
+        return {"domain": domain} | raw | {name: (PACKAGE_DIR / file).relative_to(root).as_posix() for name, file in chosen.items()}
+    return {"domain": domain} | raw | ({"code": code_hash(stage.name, chosen.values())[:12]} if chosen else {})
 
 
 def _sources(stage: Stage, root: Path) -> tuple[list[str], str]:
     """Source files as dependencies, or a shell comment that pins an installed package."""
-    files = [PACKAGE_DIR / name for name in source_files(stage.name)]
     if PACKAGE_DIR.is_relative_to(root):
-        return [file.relative_to(root).as_posix() for file in files], ""
-    return [], f"  # code {code_hash(stage.name)[:12]}"
+        files = [(PACKAGE_DIR / name).relative_to(root).as_posix() for name in source_files(stage.name)]
+        return [*files, *(f"${{item.{dotted.rpartition('.')[2]}}}" for dotted in stage.chosen)], ""
+    return [], f"  # code {'${item.code}' if stage.chosen else code_hash(stage.name)[:12]}"
 
 
 def write(root: Path) -> bool:

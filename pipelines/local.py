@@ -12,6 +12,7 @@ from typing import Any
 from alignflow_core.config import NAME_PATTERN, Task, build_project, load_project
 from alignflow_core.errors import InputError
 from alignflow_core.stages import artifact_dir, node_id
+from alignflow_core.validation import nearest
 from pipelines.compose import compose, options, write_params
 
 

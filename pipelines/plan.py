@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from alignflow_core.artifact import read_json, tree_hash
 from alignflow_core.config import Project, load_project
 from alignflow_core.errors import InputError, StageError
-from alignflow_core.runner import code_hash, plan_stage, provenance_file, raw_dirs, stage_params
+from alignflow_core.runner import chosen_files, code_hash, plan_stage, provenance_file, raw_dirs, stage_params
 from alignflow_core.stages import STAGES, Stage, artifact_dir, node_id
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def causes(project: Project, root: Path, stage: Stage, key: str | None) -> Itera
     changed = list(_differing(recorded["params"], stage_params(project, stage, key)))
     if changed:
         yield f"params changed: {', '.join(changed)}"
-    if recorded["code"] != code_hash(stage.name):
+    if recorded["code"] != code_hash(stage.name, chosen_files(project, stage, key).values()):
         yield "code changed"
     for dotted, raw in raw_dirs(project, stage, key, root).items():
         if not raw.is_dir():

@@ -86,9 +86,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in ("image_flow", "mask_flow", "align/amber"):
         (art / stage).mkdir(parents=True)
         curve.to_parquet(art / stage / "curves.parquet")
-    pd.DataFrame({"step": [0, 20, 40], "held_out_reward": [-3.0, -1.0, -1.2], "diversity_ratio": [1, 0.95, 0.9], "velocity_ratio": [1, 1.02, 1.05],
-                  "best": [False, True, False]}).to_parquet(art / "align" / "amber" / "gates.parquet")
+    looks = pd.DataFrame({"step": [0, 20, 40], "round": 0, "held_out_reward": [-3.0, -1.0, -1.2], "reward": [-3.0, -0.9, -1.0],
+                          "diversity_ratio": [1, 0.95, 0.7], "velocity_ratio": [1, 1.02, 1.05], "agreement_ratio": [1, 0.9, 0.9],
+                          "copy_ratio": [1, 1.1, 1.0], "failed": ["", "", "diversity ratio 0.70 < 0.8"], "best": [False, True, False]})
+    looks.to_parquet(art / "align" / "amber" / "gates.parquet")
     write_json(art / "align" / "amber" / "metrics.json", {"best_step": 20.0})
+    verdict = {"round": 0, "best_step": 20, "ended_at": 40, "ended_because": "all steps are done", "refused": ["diversity ratio 0.70 < 0.8"]}
+    write_json(art / "align" / "amber" / "verdict.json", {"rounds": [verdict]})
     return root
 
 

@@ -10,13 +10,14 @@ import pandas as pd
 import pytest
 import torch
 
-from alignflow_core import align, filtering, image_flow, mask_flow, sample, segment
+from alignflow_core import align, filtering, image_flow, labeller, mask_flow, sample, segment
 from alignflow_core.checkpoint import load_tensors
-from alignflow_core.config import Align, Filter, ImageFlow, Machine, MaskFlow, Network, Sample, Segment, Task, Training
+from alignflow_core.config import Align, Filter, Gates, ImageFlow, Labeller, Machine, MaskFlow, Network, Sample, Segment, Task, Training
 from alignflow_core.masks import regions
 from alignflow_core.networks import velocity_unet
 from alignflow_core.networks.segmenters import load_segmenter, predict
 from alignflow_core.pairs import Pairs, read_pairs, write_pairs
+from alignflow_core.reward.gates import RATIOS
 from alignflow_core.runner import Context
 
 SIZE = 24
@@ -25,7 +26,9 @@ CONFIG = SimpleNamespace(
     seed=0, machine=Machine(device="cpu", threads=1), task=Task(),
     mask_flow=MaskFlow(network=NETWORK, training=Training(steps=80, batch=16, lr=3e-3, warm_up=5, ema=0.9), clip=4.0, size=SIZE),
     image_flow=ImageFlow(network=NETWORK, training=Training(steps=80, batch=16, lr=3e-3, warm_up=5, ema=0.9), clip=4.0),
-    align=Align(n_steps=4, k=2, queue=16, check_every=5, check_samples=8,
+    labeller=Labeller(channels=(4, 8), check_every=10, training=Training(steps=60, batch=8, lr=5e-3, warm_up=5, ema=0.8)),
+    align=Align(n_steps=4, k=2, queue=16, check_every=5, check_samples=8, relabel_pairs=12, gates=Gates(velocity=1.5, agreement=0.2),
+                relabel=Training(steps=10, batch=8, lr=2e-3, warm_up=2, ema=0.8),
                 training=Training(steps=40, batch=8, lr=4e-3, warm_up=2, ema=0.8, save_every=7, log_every=1)),
     sample=Sample(n_pairs=12, batch=4, n_steps=4, area_quantile=0.0, copy_dice=1.0), filter=Filter(judge_steps=8),
     segment=Segment(arms=("source", "stage1", "aligned", "oracle"), seeds=1, channels=(4, 8), check_every=10,
@@ -65,7 +68,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (root / name).mkdir()
         write_pairs(root / name, pairs)
     for name, function in (("mask_flow", mask_flow.run), ("image_flow", image_flow.run), ("sample_masks", sample.run_masks),
-                           ("sample_stage1", sample.run_stage1), ("align", align.run), ("sample_aligned", sample.run_aligned),
+                           ("sample_stage1", sample.run_stage1), ("labeller", labeller.run), ("align", align.run),
+                           ("sample_aligned", sample.run_aligned),
                            ("filter", filtering.run), ("segment_source", segment.run_source), ("segment_target", segment.run_target)):
         build(function, CONFIG, made, root / name)
         made[name] = root / name
@@ -104,8 +108,9 @@ def test_alignment_moves_the_samples_towards_the_references(built: dict[str, Pat
     target = read_pairs(built["references"]).images.mean((0, 1, 2))
     assert np.abs(aligned - target).sum() < 0.92 * np.abs(stage1 - target).sum()
     gates = pd.read_parquet(built["align"] / "gates.parquet")
-    assert gates["held_out_reward"].max() == gates.loc[gates["best"], "held_out_reward"].item() > gates["held_out_reward"].iloc[0]
-    assert gates.loc[0, ["step", "diversity_ratio", "velocity_ratio"]].tolist() == [0, 1, 1]
+    last = gates[gates["round"] == 1]
+    assert last["held_out_reward"].max() == gates.loc[gates["best"], "held_out_reward"].item() > gates["held_out_reward"].iloc[0]
+    assert gates.loc[0, ["step", *RATIOS]].tolist() == [0, 1, 1, 1, 1]
 
 
 def test_stage2_starts_as_stage1(built: dict[str, Path]) -> None:
@@ -116,7 +121,8 @@ def test_stage2_starts_as_stage1(built: dict[str, Path]) -> None:
         assert torch.equal(model(x, t, cond), velocity_unet.in_domain(model, velocity_unet.TARGET)(x, t, cond))
 
 
-@pytest.mark.parametrize("changed", [{}, {"reward": "skl"}, {"gradient": "last_k", "k": 1}, {"queue": 0}])
+@pytest.mark.parametrize("changed", [{}, {"regions": "none", "reward": "skl"}, {"gradient": "last_k", "k": 1}, {"queue": 0},
+                                     {"adapter": "lora", "lora_rank": 2, "gradient": "full"}])
 def test_alignment_interrupted_and_resumed_is_byte_equal(built: dict[str, Path], tmp_path: Path, changed: dict[str, Any]) -> None:
     short = dataclasses.replace(CONFIG.align.training, steps=14)
     config = SimpleNamespace(**{**vars(CONFIG), "align": dataclasses.replace(CONFIG.align, training=short, check_samples=4, **changed)})

@@ -1,14 +1,18 @@
 """Encoders, distances, gradient schemes: formulas re-derived, gradients against plain autograd."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from alignflow_core.config import Align, Gates
 from alignflow_core.flow.solver import euler, time_grid
-from alignflow_core.reward.distances import Reference, describe, frechet, skl
-from alignflow_core.reward.encoders import fit_encoder
-from alignflow_core.reward.gates import Probe
-from alignflow_core.reward.gradient import last_k, sparse
+from alignflow_core.reward import distances, registry
+from alignflow_core.reward.distances import frechet, skl
+from alignflow_core.reward.gates import Probe, closeness, failures
+from alignflow_core.reward.gradient import full, last_k, sparse
+from alignflow_core.reward.moments import Reference, describe
+from alignflow_core.reward.objective import Objective, steadied
 from alignflow_core.seeding import generator
 
 
@@ -39,13 +43,14 @@ def problem() -> tuple[TinyVelocity, torch.Tensor, torch.Tensor, torch.Tensor]:
     return TinyVelocity(), x0, cond, time_grid(6).double()
 
 
-def test_last_k_with_all_steps_is_full_back_propagation(problem) -> None:
+@pytest.mark.parametrize(("scheme", "k"), [(last_k, 6), (full, 1)])
+def test_exact_schemes_are_back_propagation_through_the_solver(problem, scheme, k: int) -> None:
     model, x0, cond, times = problem
     value = reward(euler(model, x0, cond, times))
     (-2.0 * value).backward()
     expected = grads(model)
     model.zero_grad()
-    done = last_k(model, x0, cond, times, reward, 6, generator(0), 2.0)
+    done = scheme(model, x0, cond, times, reward, k, generator(0), 2.0)
     assert done.reward == pytest.approx(value.item()) and torch.allclose(grads(model), expected)
 
 
@@ -81,9 +86,19 @@ def test_sparse_is_unbiased(problem) -> None:
 def test_frechet_is_zero_at_equal_moments_and_known_for_gaussians() -> None:
     draw = torch.Generator().manual_seed(0)
     x, y = torch.randn(4000, 3, generator=draw).double(), torch.randn(4000, 3, generator=draw).double() * 2 + 1
-    plain = Reference(y, y.mean(0), y.std(0), torch.ones(3).double())
-    assert float(frechet(x, plain)) == pytest.approx(1 + 1, rel=0.1)  # (0-1)^2 + (1-2)^2
-    assert float(frechet(y, plain)) < 1e-6
+    assert float(frechet(x, plain(y))) == pytest.approx(np.log(1 + (1 + 1) / 2.5), rel=0.1)  # (0-1)^2 + (1-2)^2 over (1 + 4) / 2
+    assert float(frechet(y, plain(y))) < 1e-6
+
+
+def test_frechet_neither_drowns_in_one_feature_nor_forgives_its_rest() -> None:
+    """A feature fifty deviations away does not outweigh ten that are two away, and two left of fifty still count as two."""
+    far, near = torch.zeros(9, 11).double(), torch.zeros(9, 11).double()
+    goal = torch.tensor([50.0] + [2.0] * 10).double()
+    reference = Reference(goal.expand(9, 11), goal, torch.full((11,), 1e-3).double(), goal)
+    far[:, 1:], near[:, 0] = 2.0, 50.0
+    assert float(frechet(near, reference)) > float(frechet(far, reference))
+    left = goal.expand(9, 11) - torch.eye(11).double()[0] * 2
+    assert float(frechet(left, reference)) == pytest.approx(float(frechet(near, reference)) / 10, rel=1e-6)
 
 
 def test_moments_shrink_small_shifts_and_keep_large_ones() -> None:
@@ -100,24 +115,79 @@ def test_moments_shrink_small_shifts_and_keep_large_ones() -> None:
 
 
 def test_skl_is_symmetric_and_blind_to_a_common_offset() -> None:
-    a, b, one = torch.randn(5, 7).double(), torch.randn(9, 7).double(), torch.ones(7).double()
-    plain = lambda f: Reference(f, f.mean(0), f.std(0), one)  # noqa: E731
+    a, b = torch.randn(5, 7).double(), torch.randn(9, 7).double()
     assert float(skl(a, plain(b))) == pytest.approx(float(skl(b, plain(a))))
     assert float(skl(a + 100, plain(b))) == pytest.approx(float(skl(a, plain(b))))
     p, q = a.mean(0).softmax(0), b.mean(0).softmax(0)
     assert float(skl(a, plain(b))) == pytest.approx(float(((p * (p / q).log()).sum() + (q * (q / p).log()).sum()) / 2))
 
 
-def test_encoder_is_standardised_differentiable_and_fixed() -> None:
-    images = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    images = images * torch.linspace(0.2, 1, 40).view(-1, 1, 1, 1)
-    encoder, again = fit_encoder("statconv", images), fit_encoder("statconv", images)
-    features = encoder(images)
-    assert torch.equal(features, again(images)) and features.mean(0).abs().max() < 1e-3
-    assert torch.allclose(features.std(0).median(), torch.tensor(1.0), atol=0.01)
-    flat = torch.zeros(2, 3, 32, 32, requires_grad=True)
-    encoder(flat).sum().backward()
-    assert flat.grad is not None and flat.grad.isfinite().all()
+def plain(features: torch.Tensor) -> Reference:
+    """A reference set of many images in plain units."""
+    return Reference(features, features.mean(0), features.std(0), torch.ones(features.shape[1]).double())
+
+
+@pytest.mark.parametrize("name", registry.DISTANCES)
+def test_every_distance_is_least_at_the_references_and_leads_there(name: str) -> None:
+    """Zero on the same set; and descending it from afar brings a set closer, with finite gradients all the way."""
+    distance = registry.load(registry.DISTANCES, name)
+    draw = torch.Generator().manual_seed(0)
+    theirs = torch.randn(40, 6, generator=draw).double() * 0.5 + torch.linspace(-1, 2, 6)
+    reference = plain(theirs)
+    assert float(distance(theirs, reference, 1.0)) == pytest.approx(0, abs=1e-3)
+    ours = torch.randn(30, 6, generator=draw).double().requires_grad_()
+    optimiser = torch.optim.Adam([ours], lr=0.02)
+    first = distance(ours, reference, 1.0).item()
+    for _ in range(60):
+        optimiser.zero_grad()
+        value = distance(ours, reference, 1.0)
+        value.backward()
+        assert ours.grad is not None and ours.grad.isfinite().all()
+        optimiser.step()
+    assert first > 0.01 and value.item() < 0.7 * first
+    assert float(distance(ours, plain(theirs[:1].repeat(2, 1)), 1.0)) >= 0 or name == "cosine"  # one reference, given twice
+
+
+def test_distances_by_hand() -> None:
+    one = torch.ones(1).double()
+    x, y = torch.tensor([[0.0], [2.0]]).double(), torch.tensor([[3.0], [3.0], [5.0], [5.0]]).double()
+    reference = Reference(y, y.mean(0), y.std(0, correction=0), one)
+    # variances 2 (unbiased) and 1, means 1 and 4
+    shift, ratio = 9.0, 2.001 / 1.001
+    assert float(distances.gaussian_skl(x, reference)) == pytest.approx((ratio + 1 / ratio) / 4 - 0.5 + shift * (1 + 1 / ratio) / 4)
+    assert float(distances.coral(x, reference)) == pytest.approx((2 - 4 / 3) ** 2 / 4)
+    assert float(distances.gram(x, reference)) == pytest.approx((2 - 17) ** 2)
+    assert float(distances.cosine(-x, reference)) == pytest.approx(2)
+    assert float(distances.sliced_wasserstein(x, reference)) == pytest.approx(9, rel=1e-6)  # every quantile moves by 3
+    median = 9.0  # squared distances 9, 9, 25, 25, 1, 1, 9, 9
+    kernel = lambda d: sum(2.718281828459045 ** (-d / (2 * w * w * median)) for w in distances.BANDWIDTHS) / 3  # noqa: E731
+    expected = (2 * kernel(0) + 2 * kernel(4)) / 4 + (8 * kernel(0) + 8 * kernel(4)) / 16 - 2 * (4 * kernel(9) + 2 * kernel(25) + 2 * kernel(1)) / 8
+    assert float(distances.mmd(x, reference)) == pytest.approx(expected)
+
+
+def test_steadied_features_keep_the_gradient_of_the_whole_set() -> None:
+    """The mean over batch and queue has the gradient that the batch's own mean would have."""
+    now, before = torch.randn(4, 3).double().requires_grad_(), torch.randn(12, 3).double()
+    steadied([now], [before])[0].mean(0).sum().backward()
+    assert torch.allclose(now.grad, torch.full((4, 3), 0.25).double())
+    assert torch.equal(steadied([now], [before])[0].detach(), torch.cat([before, now]).detach())
+
+
+class Plain(nn.Module):
+    """An 'encoder' whose features are given: the whole and two regions of different size."""
+
+    def forward(self, images: torch.Tensor, regions: torch.Tensor) -> list[torch.Tensor]:
+        return [images, images[:, :1], images[:0]]
+
+
+def test_objective_joins_the_whole_with_the_regions_that_both_sides_have() -> None:
+    draw = torch.Generator().manual_seed(0)
+    ours, theirs = torch.randn(9, 4, generator=draw), torch.randn(7, 4, generator=draw) + 1
+    objective = Objective(Plain(), Align(region_share=0.25, prior_count=2.0))
+    known = objective.describe(theirs, theirs)
+    assert known[2] is None
+    parts = [float(frechet(a, describe(b, 2.0))) for a, b in ((ours, theirs), (ours[:, :1], theirs[:, :1]))]
+    assert float(objective([ours, ours[:, :1], ours[:0]], known)) == pytest.approx(0.75 * parts[0] + 0.25 * parts[1])
 
 
 def test_probe_sees_a_collapse() -> None:
@@ -128,3 +198,21 @@ def test_probe_sees_a_collapse() -> None:
     assert probe.diversity(collapsed) < 0.1 * probe.diversity(spread)
     x1, speed = probe.sample(lambda x, t, c: torch.full_like(x, 3.0))
     assert torch.allclose(x1, torch.full_like(x1, 3.0)) and speed == pytest.approx(3.0)
+
+
+def test_gates_say_what_fails() -> None:
+    fine = {"diversity_ratio": 0.9, "velocity_ratio": 1.0, "agreement_ratio": 0.95, "copy_ratio": 1.0}
+    assert failures(fine, Gates()) == []
+    assert failures(fine | {"diversity_ratio": 0.5, "velocity_ratio": 1.3}, Gates()) == ["diversity ratio 0.50 < 0.8", "velocity ratio 1.30 > 1.1"]
+
+
+def test_closeness_falls_for_copies_and_not_for_a_new_look() -> None:
+    rng = np.random.default_rng(0)
+    blobs = np.kron(rng.integers(60, 200, (30, 8, 8, 3)), np.ones((1, 4, 4, 1))).astype(np.uint8)
+    samples, aligning, held_out = blobs[:10], blobs[10:20], blobs[20:]
+    base = closeness(samples, aligning, held_out)
+    assert base == pytest.approx(1, abs=0.15)
+    assert closeness(samples // 2 + 30, aligning, held_out) == pytest.approx(base, abs=0.1)
+    copies = (0.8 * aligning + 0.2 * samples).astype(np.uint8)
+    assert closeness(copies, aligning, held_out) < 0.5 * base
+    assert closeness(copies, aligning, None) < 0.5 * closeness(samples, aligning, None)

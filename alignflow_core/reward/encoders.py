@@ -1,98 +1,112 @@
-"""Reward encoders: differentiable features of images, standardised by source statistics.
+"""What an encoder is, and its features of whole images and of regions, standardised by source statistics.
 
 The encoder that rewards is never the encoder that measures (``metrics/features.py``).
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alignflow_core.errors import InputError
+from alignflow_core.reward import registry
+
+BORDER_POWER = 4
+MIN_PIXELS = 9.0  # of the smallest region that is described: fewer pixels say nothing about its deviation
 
 
-class StatConv(nn.Module):
-    """Colour and texture statistics and fixed-seed random convolutions at three scales (our choice; no weights needed).
+class Encoder(nn.Module):
+    """A frozen, differentiable network whose maps are pooled to features (over the whole image or over a region)."""
 
-    Per image: channel means, deviations and correlations; colour on a 4x4 grid (illumination); means of random
-    rectified colour projections (the colour distribution, so also contrast between regions); mean gradient size per channel
-    and scale (sharpness, noise); mean and deviation of two random convolution layers per scale (texture).
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Feature maps [B, C_i, H_i, W_i], of any number and size, of images [B, 3, H, W] in [-1, 1]."""
+        raise NotImplementedError
+
+    def layout(self, images: Tensor) -> Tensor:
+        """Features [B, E] that only whole images have (where things are); none by default."""
+        return images.new_zeros(len(images), 0)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What an encoder may be built from.
+
+    Attributes:
+        source, references: images [N, 3, H, W] in [-1, 1]; the references are those that are aligned to.
+        stage1: checkpoint folder of the stage-1 flow.
+        weights: what ``align.encoder_weights`` names.
+        seed: the project's.
+        work_dir: survives an interruption.
     """
 
-    colour: Tensor
-    colour_bias: Tensor
-
-    def __init__(self, width: int = 16, seed: int = 2604) -> None:
-        super().__init__()
-        draw = torch.Generator().manual_seed(seed)
-        self.register_buffer("colour", torch.randn(32, 3, 1, 1, generator=draw))
-        self.register_buffer("colour_bias", torch.rand(32, generator=draw) * 1.6 - 0.8)
-        for scale in range(3):
-            self.register_buffer(f"first{scale}", torch.randn(width, 3, 3, 3, generator=draw) / 27**0.5)
-            self.register_buffer(f"second{scale}", torch.randn(width, width, 3, 3, generator=draw) * (2 / (9 * width)) ** 0.5)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> [B, D]."""
-        parts = [functional.adaptive_avg_pool2d(images, 4).flatten(1), _moments(images), _correlations(images),
-                 functional.relu(functional.conv2d(images, self.colour, self.colour_bias)).mean((2, 3))]
-        x = images
-        for scale in range(3):
-            parts += [_gradient_size(x), _moments(hidden := functional.relu(functional.conv2d(x, getattr(self, f"first{scale}")))),
-                      _moments(functional.relu(functional.conv2d(hidden, getattr(self, f"second{scale}"))))]
-            x = functional.avg_pool2d(x, 2)
-        return torch.cat(parts, dim=1)
+    source: Tensor
+    references: Tensor
+    stage1: Path
+    weights: Path | str | None
+    seed: int
+    work_dir: Path
 
 
-def _moments(x: Tensor) -> Tensor:
-    """Mean and deviation over space, [B, 2C]; the small constant keeps the root's gradient finite on flat images."""
-    return torch.cat([x.mean((2, 3)), (x.var((2, 3)) + 1e-6).sqrt()], dim=1)
+def build(name: str, material: Material) -> Encoder:
+    """The named encoder, frozen, in evaluation mode, on the device of the images.
 
-
-def _correlations(x: Tensor) -> Tensor:
-    """Correlations between the three channels, [B, 3]."""
-    centred = x - x.mean((2, 3), keepdim=True)
-    unit = centred / (centred.square().mean((2, 3), keepdim=True) + 1e-4).sqrt()
-    return torch.stack([(unit[:, a] * unit[:, b]).mean((1, 2)) for a, b in ((0, 1), (0, 2), (1, 2))], dim=1)
-
-
-def _gradient_size(x: Tensor) -> Tensor:
-    """Mean absolute difference of neighbours, across and down, [B, 6]."""
-    return torch.cat([(x[..., 1:] - x[..., :-1]).abs().mean((2, 3)), (x[..., 1:, :] - x[..., :-1, :]).abs().mean((2, 3))], dim=1)
-
-
-ENCODERS: dict[str, Callable[[], nn.Module]] = {"statconv": StatConv}
+    Raises:
+        InputError: its weights are missing or do not fit.
+    """
+    encoder: Encoder = registry.load(registry.ENCODERS, name)(material)
+    return encoder.to(material.source.device).requires_grad_(False).eval()
 
 
 class Standardised(nn.Module):
-    """An encoder whose features have mean 0 and deviation 1 on the source images it was fitted to."""
+    """Features of images or regions with mean 0 and deviation 1 on the source images they were fitted to.
 
-    mean: Tensor
-    std: Tensor
+    Args:
+        encoder: frozen encoder.
+        images: source images [N, 3, H, W] in [-1, 1].
+        weights: membership of every pixel in each of R regions, [N, R, H, W] in [0, 1]; R = 0 for none.
+    """
 
-    def __init__(self, encoder: nn.Module, source_images: Tensor) -> None:
+    def __init__(self, encoder: Encoder, images: Tensor, weights: Tensor) -> None:
         super().__init__()
         self.encoder = encoder
+        self.moments: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
-            features = torch.cat([encoder(chunk) for chunk in source_images.split(64)])
-        std = features.std(0)
-        self.register_buffer("mean", features.mean(0))
-        # A feature that hardly varies at the source would drown all others: its scale is floored.
-        self.register_buffer("std", std.clamp_min(float(std.median()) * 0.1 + 1e-6))
+            chunks = [self._raw(x, w) for x, w in zip(images.split(64), weights.split(64), strict=True)]
+        for parts in zip(*chunks, strict=True):
+            features = torch.cat(parts)
+            if len(features) < 2:  # a region that the source lacks is never described
+                self.moments.append((features.new_zeros(features.shape[1]), features.new_ones(features.shape[1])))
+                continue
+            std = features.std(0)
+            # A feature that hardly varies at the source would drown all others: its scale is floored.
+            self.moments.append((features.mean(0), std.clamp_min(float(std.median()) * 0.1 + 1e-6)))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> standardised features [B, D]."""
-        features: Tensor = (self.encoder(images) - self.mean) / self.std
-        return features
+    def forward(self, images: Tensor, weights: Tensor) -> list[Tensor]:
+        """[B, 3, H, W], [B, R, H, W] -> features of the whole [B, D], then of each region [b, E] of the b images that have it."""
+        return [(f - mean) / std for f, (mean, std) in zip(self._raw(images, weights), self.moments, strict=True)]
+
+    def _raw(self, images: Tensor, weights: Tensor) -> list[Tensor]:
+        maps = self.encoder.maps(images)
+        whole = torch.cat([self.encoder.layout(images), *(pool(m, m.new_ones(len(m), *m.shape[2:])) for m in maps)], dim=1)
+        found = [whole]
+        for region in weights.unbind(1):
+            there = region.sum((1, 2)) >= MIN_PIXELS
+            found.append(torch.cat([pool(m[there], _on_grid(region[there], m)) for m in maps], dim=1))
+        return found
 
 
-def fit_encoder(name: str, source_images: Tensor) -> Standardised:
-    """The named encoder, frozen and standardised on source images [N, 3, H, W] in [-1, 1].
+def _on_grid(region: Tensor, x: Tensor) -> Tensor:
+    """Membership [B, H, W] on the grid of a map [B, C, h, w]; cells that reach over the region's border hardly count."""
+    return functional.adaptive_avg_pool2d(region, x.shape[2:]) ** BORDER_POWER
 
-    Raises:
-        InputError: unknown name.
+
+def pool(x: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean and deviation over space, [B, C, H, W], [B, H, W] -> [B, 2C].
+
+    The small constant keeps the root's gradient finite on flat images.
     """
-    if name not in ENCODERS:
-        raise InputError(f"encoder: unknown '{name}'{nearest(name, ENCODERS)}")
-    encoder = ENCODERS[name]().to(source_images.device).requires_grad_(False)
-    return Standardised(encoder, source_images).eval()
+    share = (weights / weights.sum((1, 2), keepdim=True).clamp_min(1e-6)).unsqueeze(1)
+    mean = (x * share).sum((2, 3))
+    variance = ((x - mean[..., None, None]).square() * share).sum((2, 3))
+    return torch.cat([mean, (variance + 1e-6).sqrt()], dim=1)

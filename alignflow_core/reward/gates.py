@@ -1,11 +1,16 @@
-"""What is watched during alignment, on a fixed set of (mask, noise)."""
+"""What is watched during alignment, on a fixed set of (mask, noise), and the limits that it must keep."""
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from alignflow_core.config import Gates
 from alignflow_core.flow.path import VelocityModel
+from alignflow_core.metrics.copying import distances, thumbnails
+
+RATIOS = ("diversity_ratio", "velocity_ratio", "agreement_ratio", "copy_ratio")
 
 
 @dataclass(frozen=True)
@@ -35,3 +40,25 @@ class Probe:
         scaled = (features - features.mean(0)) / (features.std(0) + 1e-6)
         groups = scaled.unflatten(0, (-1, self.repeats))
         return float(torch.cdist(groups, groups).sum() / (len(groups) * self.repeats * (self.repeats - 1)))
+
+
+def closeness(images: np.ndarray, aligning: np.ndarray, held_out: np.ndarray | None) -> float:
+    """Median distance of images to the nearest reference they were aligned to, over that to the nearest held-out one.
+
+    A model that copies comes nearer to the former alone; one that takes on the target's look comes nearer to both.
+    Without held-out references the plain distance. Images uint8 [N, H, W, 3], compared as standardised thumbnails.
+    """
+    small = thumbnails(images)
+    near = distances(small, thumbnails(aligning)).min(1)
+    if held_out is None:
+        return float(np.median(near))
+    return float(np.median(near / np.maximum(distances(small, thumbnails(held_out)).min(1), 1e-9)))
+
+
+def failures(ratios: dict[str, float], limits: Gates) -> list[str]:
+    """Which limits the ratios break, in words: ``diversity ratio 0.71 < 0.8``."""
+    below = {"diversity_ratio": limits.diversity, "agreement_ratio": limits.agreement, "copy_ratio": limits.copying}
+    found = [f"{name.replace('_', ' ')} {ratios[name]:.2f} < {low:g}" for name, low in below.items() if ratios[name] < low]
+    if ratios["velocity_ratio"] > limits.velocity:
+        found.append(f"velocity ratio {ratios['velocity_ratio']:.2f} > {limits.velocity:g}")
+    return found

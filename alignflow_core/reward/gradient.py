@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from alignflow_core.flow.path import VelocityModel
 
@@ -61,4 +62,19 @@ def last_k(velocity_model: VelocityModel, x0: Tensor, cond: Tensor, times: Tenso
     return Rewarded(value.item(), x.detach())
 
 
-SCHEMES: dict[str, Callable[..., Rewarded]] = {"sparse": sparse, "last_k": last_k}
+def full(velocity_model: VelocityModel, x0: Tensor, cond: Tensor, times: Tensor, reward: Reward, k: int,
+         generator: torch.Generator, weight: float) -> Rewarded:
+    """Exact back-propagation through all Euler steps, each network call recomputed on the way back; ``k`` plays no part.
+
+    Memory is one network call and N images; time one forward pass more than ``last_k`` with k = N.
+    """
+    x = x0
+    for i in range(len(times) - 1):
+        t = x.new_full((len(x),), float(times[i]))
+        x = x + float(times[i + 1] - times[i]) * checkpoint(velocity_model, x, t, cond, use_reentrant=False)
+    value = reward(x)
+    (-weight * value).backward()
+    return Rewarded(value.item(), x.detach())
+
+
+SCHEMES: dict[str, Callable[..., Rewarded]] = {"sparse": sparse, "last_k": last_k, "full": full}

@@ -1,0 +1,32 @@
+"""The open sets of stage 2: names as ``params.yaml`` spells them -> ``module:object`` of this package.
+
+A new distance or encoder is one file and one line here (``docs/extending.md``). Standard library only: names are checked without
+torch, and an aligned checkpoint depends on the file of its own distance and encoder, not on those of others.
+"""
+
+import importlib
+from typing import Any
+
+DISTANCES = {
+    "frechet": "reward.distances:frechet",
+    "skl": "reward.distances:skl",
+    "gaussian_skl": "reward.distances:gaussian_skl",
+    "coral": "reward.distances:coral",
+    "gram": "reward.distances:gram",
+    "cosine": "reward.distances:cosine",
+    "mmd": "reward.distances:mmd",
+    "sliced_wasserstein": "reward.distances:sliced_wasserstein",
+}
+ENCODERS = {
+    "statconv": "reward.statconv:build",
+    "flow": "reward.flow_features:build",
+    "ssl": "reward.self_supervised:build",
+    "pretrained": "reward.pretrained:build",
+}
+REGISTRIES = {"reward": DISTANCES, "encoder": ENCODERS}  # by the key of the align section that chooses from them
+
+
+def load(registry: dict[str, str], name: str) -> Any:
+    """The object a registered name stands for."""
+    module, _, attribute = registry[name].partition(":")
+    return getattr(importlib.import_module(f"alignflow_core.{module}"), attribute)

@@ -1,0 +1,139 @@
+"""Encoders: standardised features of wholes and regions, every registered encoder on real images, weights from a local folder."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from alignflow_core.config import Network, Task
+from alignflow_core.errors import InputError
+from alignflow_core.networks import velocity_unet
+from alignflow_core.networks.segmenters import build_segmenter
+from alignflow_core.reward import pretrained, regions, registry, self_supervised
+from alignflow_core.reward.encoders import Material, Standardised, build, pool
+from alignflow_core.reward.statconv import StatConv
+
+NETWORK = Network(channels=(8, 16), attention=(False, False), head_channels=8)
+
+
+def pictures(n: int, seed: int) -> torch.Tensor:
+    """Smooth random colours of varying contrast, [n, 3, 32, 32]."""
+    draw = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, 5, 5, generator=draw) * 2 - 1
+    return torch.nn.functional.interpolate(coarse, size=32, mode="bilinear") * torch.linspace(0.3, 1, n).view(-1, 1, 1, 1)
+
+
+def save_vit(folder: Path) -> Path:
+    """A small DINOv2 with random weights, as ``save_pretrained`` writes it."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
+    root = tmp_path_factory.mktemp("material")
+    model = velocity_unet.build(3, 2, NETWORK, seed=0)
+    velocity_unet.save(root / "stage1", model.state_dict(), 3, 2, NETWORK)
+    return Material(pictures(40, 1), pictures(6, 2), root / "stage1", save_vit(root / "vit"), 0, root)
+
+
+@pytest.mark.parametrize("name", registry.ENCODERS)
+def test_every_encoder_is_standardised_frozen_and_differentiable(name: str, material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_supervised, "TRAINING", dataclasses.replace(self_supervised.TRAINING, steps=3, batch=8))
+    monkeypatch.setattr(pretrained, "SIDE", 56)
+    encoder = build(name, material)
+    labels = (torch.arange(32).view(1, 1, 32) < 16).long().expand(40, 32, 32)
+    standardised = Standardised(encoder, material.source, regions.from_labels(labels, 1))
+    whole, left, right = standardised(material.source, regions.from_labels(labels, 1))
+    for features in (whole, left, right):
+        assert features.shape[0] == 40 and features.mean(0).abs().max() < 0.02
+        assert features.std(0).median() == pytest.approx(1, abs=0.02)
+    assert not any(p.requires_grad for p in encoder.parameters())
+    again = Standardised(build(name, material), material.source, regions.from_labels(labels, 1))
+    assert torch.allclose(again(material.source[:2], regions.from_labels(labels[:2], 1))[0], whole[:2], atol=1e-4)
+    flat = torch.zeros(2, 3, 32, 32, requires_grad=True)
+    sum(f.sum() for f in standardised(flat, regions.from_labels(labels[:2], 1))).backward()
+    assert flat.grad is not None and flat.grad.isfinite().all() and flat.grad.abs().sum() > 0
+
+
+def test_a_region_is_described_by_its_own_pixels_alone() -> None:
+    """What happens outside a region hardly moves its features, and an absent region is left out."""
+    images = torch.nn.functional.interpolate(pictures(12, 3), size=96, mode="bilinear")
+    labels = torch.zeros(12, 96, 96).long()
+    labels[:, 24:72, 24:72] = 1
+    labels[5] = 0
+    encoder = Standardised(StatConv(), images, regions.from_labels(labels, 1))
+    membership = regions.from_labels(labels, 1)
+    _, outside, inside = encoder(images, membership)
+    assert len(outside) == 12 and len(inside) == 11
+    changed = torch.where(membership[:, 1:] > 0, images, -images)
+    _, outside2, inside2 = encoder(changed, membership)
+    moved, moved2 = (inside2 - inside).abs().mean(), (outside2 - outside).abs().mean()
+    assert moved < 0.3 * moved2, "only filters that reach over the border may see the outside"
+
+
+def test_pooling_by_hand() -> None:
+    x = torch.tensor([[[[1.0, 3.0], [5.0, 100.0]]]])
+    weights = torch.tensor([[[1.0, 1.0], [2.0, 0.0]]])
+    mean, deviation = pool(x, weights)[0].tolist()
+    assert mean == pytest.approx(3.5) and deviation == pytest.approx(((6.25 + 0.25 + 2 * 2.25) / 4) ** 0.5, abs=1e-4)
+
+
+def test_pseudo_regions_are_the_confident_pixels() -> None:
+    inside = torch.tensor([0.95, 0.9, 0.5, 0.1]).view(1, 1, 2, 2)
+    cup = torch.tensor([0.9, 0.02, 0.5, 0.9]).view(1, 1, 2, 2)
+    nested = regions.class_probabilities(torch.cat([inside, cup], 1), Task(classes=("disc", "cup"), nested=True))
+    assert torch.allclose(nested.sum(1), torch.ones(1, 2, 2))
+    assert (nested >= 0.8).long()[0].flatten(1).T.tolist() == [[0, 0, 1], [0, 1, 0], [0, 0, 0], [1, 0, 0]]
+    flat = regions.class_probabilities(inside, Task())
+    assert torch.allclose(flat[0, 1].flatten(), inside.flatten())
+    model = build_segmenter(1, (4, 8), seed=0).eval()
+    images = pictures(3, 4)
+    membership = regions.from_segmenter(model, images, Task(), 0.5)
+    assert torch.equal(membership.sum(1), torch.ones(3, 32, 32)), "at one half every pixel of a binary task is confident"
+    mirrored = regions.from_segmenter(model, images.flip(3), Task(), 0.5)
+    assert (mirrored.flip(3) == membership).float().mean() > 0.999, "averaged over flips"
+
+
+def test_nt_xent_by_hand() -> None:
+    a = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    expected = -np.log(np.e / (np.e + 2))  # partner has similarity 1, the two others 0
+    assert float(self_supervised.nt_xent(a, a, 1.0)) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["clip", "resnet"])
+def test_pretrained_networks_of_other_shapes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModel, ResNetConfig, ResNetModel
+
+    torch.manual_seed(0)
+    if kind == "clip":
+        CLIPVisionModel(CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=64,
+                                         patch_size=16)).save_pretrained(tmp_path)
+        (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}')
+    else:
+        ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")).save_pretrained(tmp_path)
+    monkeypatch.setattr(pretrained, "SIDE", 64)
+    encoder = pretrained.load(tmp_path).eval()
+    assert encoder.mean.flatten().tolist() == pytest.approx([0.5] * 3 if kind == "clip" else pretrained.IMAGENET_MEAN)
+    maps = encoder.maps(pictures(2, 1))
+    assert [m.shape[0] for m in maps] == [2, 2] and all(m.ndim == 4 for m in maps)
+
+
+def test_missing_weights_are_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"lacks config.json or model.safetensors"):
+        pretrained.load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        pretrained.load(tmp_path)
+
+
+def test_without_a_network_the_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="give a local folder"):
+        pretrained.load("hub:facebook/dinov2-small")
