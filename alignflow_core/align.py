@@ -36,6 +36,7 @@ from alignflow_core.reward.encoders import Material, Standardised, build
 from alignflow_core.reward.gates import RATIOS, Probe, closeness, failures
 from alignflow_core.reward.gradient import SCHEMES, Rewarded
 from alignflow_core.reward.objective import Known, Objective, steadied
+from alignflow_core.reward.recolour import recolour
 from alignflow_core.seeding import derive_seed, generator
 from alignflow_core.segmenter_fit import Diet, fit
 
@@ -175,13 +176,30 @@ class _Alignment:
         return max(kept, key=lambda row: float(looks[row, COLUMNS.index("held_out_reward")]))
 
     def _denoise(self, draw: torch.Generator) -> float:
-        """Gradient of the denoising loss on a batch of source pairs."""
-        rows = torch.randint(len(self.images), (self.settings.training.batch,), generator=draw).to(self.device)
-        with autocast(self.config.machine, self.device):
-            loss = flow_matching_loss(self.painter, self.images[rows], self.cond[rows], self.flow.times, draw, self.flow.coupling,
-                                      self.flow.condition_dropout)
-        loss.backward()
-        return loss.item()
+        """Gradient of the denoising loss: half on source pairs, half in the target's domain on pairs in the references' colours."""
+        batch = self.settings.training.batch
+        share = batch // 2 if self.settings.recolour else 0
+        total = 0.0
+        for domain, n in ((velocity_unet.SOURCE, batch - share), (velocity_unet.TARGET, share)):
+            if not n:
+                continue
+            rows = torch.randint(len(self.images), (n,), generator=draw).to(self.device)
+            images = self.images[rows] if domain == velocity_unet.SOURCE else self._recoloured(rows, draw)
+            with autocast(self.config.machine, self.device):
+                loss = flow_matching_loss(velocity_unet.in_domain(self.painter, domain), images, self.cond[rows], self.flow.times, draw,
+                                          self.flow.coupling, self.flow.condition_dropout) * (n / batch)
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def _recoloured(self, rows: Tensor, draw: torch.Generator) -> Tensor:
+        """Source images of these rows, each in the colours of a reference drawn at random."""
+        references, known = self.colours
+        own = self._regions(self.labels[rows])
+        if not own.shape[1]:
+            own, known = (x.new_ones(len(x), 1, *x.shape[2:]) for x in (own, known))
+        partner = torch.randint(len(references), (len(rows),), generator=draw).to(self.device)
+        return recolour(self.images[rows], own, references, known, partner)
 
     def _pull(self, draw: torch.Generator, weight: float, known: Known, past: list[Tensor]) -> tuple[Rewarded, list[Tensor]]:
         """Gradient of ``weight`` times the reward of one batch, steadied by the features of earlier samples."""
@@ -248,6 +266,7 @@ class _Alignment:
         else:
             membership = self.reference_images.new_zeros(len(self.references), 0, *self.reference_images.shape[2:])
         chosen = [torch.from_numpy(rows).to(self.device) for rows in (self.aligning, self.held_out)]
+        self.colours = self.reference_images[chosen[0]], membership[chosen[0]]
         aligning, held_out = (self.objective.describe(self.reference_images[rows], membership[rows]) for rows in chosen)
         return aligning, held_out
 

@@ -198,6 +198,7 @@ class Align:
         confidence: least probability of a pseudo-labelled pixel.
         rounds: with ``pseudo``, the steps are shared by so many rounds; before each but the first the segmenter is retrained on
             ``relabel_pairs`` aligned pairs (``relabel``) and labels the references anew.
+        recolour: half of the denoising loss is taken in the target's domain, on source pairs in the references' colours (by region).
         gradient: ``sparse`` (default), ``last_k`` or ``full``; ``k`` network calls carry gradient.
         n_steps: solver steps of the rollout.
         adapter: ``all`` weights or ``lora`` of rank ``lora_rank``.
@@ -217,6 +218,7 @@ class Align:
     rounds: int = 2
     relabel: Training = field(default_factory=Training)
     relabel_pairs: int = 96
+    recolour: bool = True
     gradient: str = "sparse"
     k: int = 2
     n_steps: int = 8

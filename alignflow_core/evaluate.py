@@ -1,7 +1,8 @@
 """Every arm on the target's held-out test images; distances between image sets; copy check; does stage 1 obey its masks.
 
 Writes ``metrics.parquet`` (one value per image, class, arm and seed), ``distances.parquet`` (each with its
-number of images and the real-against-real floor), ``copying.parquet`` and ``features.parquet`` (for the map of the sets).
+number of images and the real-against-real floor), ``copying.parquet``, ``features.parquet`` (for the map of the sets) and
+``appearance.parquet`` (colour, contrast, sharpness and noise of every image, by set).
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import torch
 
 from alignflow_core.config import Task
 from alignflow_core.devices import prepare
+from alignflow_core.metrics.appearance import appearance
 from alignflow_core.metrics.copying import copy_check
 from alignflow_core.metrics.distribution import real_floor, set_distances
 from alignflow_core.metrics.features import FeatureSpace
@@ -58,6 +60,8 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     distances, features = _image_distances(data, target, config.seed)
     distances.to_parquet(out_dir / "distances.parquet", index=False)
     features.to_parquet(out_dir / "features.parquet", index=False)
+    looks = _looks(data, config.task)
+    looks.to_parquet(out_dir / "appearance.parquet", index=False)
     copies, copy_numbers = _copies(data, config.evaluate.copy_quantile)
     copies.to_parquet(out_dir / "copying.parquet", index=False)
     means = table.groupby(["metric", "arm"])["value"].mean().reset_index()
@@ -141,6 +145,16 @@ def _map_rows(name: str, ids: object, vectors: np.ndarray) -> pd.DataFrame:
     frame.insert(0, "id", np.asarray(ids, dtype=object)[chosen].astype(str))
     frame.insert(0, "set", name)
     return frame
+
+
+def _looks(data: Measured, task: Task) -> pd.DataFrame:
+    """Appearance of at most MAP_SIZE images of each set: set, then one column per quantity."""
+    frames = []
+    for name, pairs in {"source": data.source, "stage1": data.stage1, "aligned": data.aligned, "references": data.references,
+                        "target test": data.test}.items():
+        chosen = np.unique(np.linspace(0, len(pairs) - 1, min(MAP_SIZE, len(pairs))).round().astype(int))
+        frames.append(appearance(pairs.images[chosen], None if pairs.masks is None else pairs.masks[chosen], task).assign(set=name))
+    return pd.concat(frames, ignore_index=True)
 
 
 def _copies(data: Measured, quantile: float) -> tuple[pd.DataFrame, dict[str, float]]:

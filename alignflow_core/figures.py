@@ -110,6 +110,32 @@ def gates(table: pd.DataFrame) -> str:
         return _svg(figure)
 
 
+def appearance(table: pd.DataFrame) -> str:
+    """One panel per quantity: mean and deviation of every set, the target test's as a band."""
+    quantities = [name for name in table.columns if name != "set" and table[name].notna().any()]
+    columns = min(5, len(quantities))
+    rows = -(-len(quantities) // columns)
+    with plt.rc_context(STYLE | {"axes.grid": False}):
+        figure, axes = plt.subplots(rows, columns, figsize=(9.6, 1.75 * rows), squeeze=False)
+        names = [name for name in SETS if name != "target test" and name in set(table["set"])]
+        for axis, quantity in zip(axes.flat, quantities, strict=False):
+            values = table.groupby("set")[quantity]
+            mean, std = values.mean(), values.std()
+            goal, spread = mean["target test"], std["target test"]
+            axis.axvspan(goal - spread, goal + spread, color=SETS["target test"][0], alpha=0.18, lw=0)
+            axis.axvline(goal, color=SETS["target test"][0], lw=1)
+            for height, name in enumerate(reversed(names)):
+                axis.errorbar(mean[name], height, xerr=std[name], fmt="o", color=SETS[name][0], ms=4, lw=1.2)
+            shown = axis in axes[:, 0]
+            axis.set(title=quantity.replace("_", " "), ylim=(-0.6, len(names) - 0.4), yticks=range(len(names)),
+                     yticklabels=list(reversed(names)) if shown else [""] * len(names))
+            axis.title.set_fontsize(9)
+        for axis in axes.flat[len(quantities):]:
+            axis.set_axis_off()
+        figure.tight_layout()
+        return _svg(figure)
+
+
 def losses(curves: dict[str, pd.DataFrame]) -> str:
     """Training losses over steps, one panel per network; thin: as logged, thick: running mean.
 

@@ -99,6 +99,7 @@ def _target(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], so
     values = pd.read_parquet(folder / "metrics.parquet")
     references = read_pairs(inputs[f"references:{target}"])
     pairs = pd.read_parquet(inputs[f"filter:{target}"] / "manifest.parquet")
+    looks = pd.read_parquet(folder / "appearance.parquet")
     table = comparison[comparison["target"] == target]
     own_gap = gap[(gap["target"] == target) & (gap["metric"] == "dice")]
     shares = dict(zip(own_gap["arm"], own_gap["gap_closed"], strict=True))
@@ -115,6 +116,7 @@ def _target(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], so
         "distances": _distance_rows(pd.read_parquet(folder / "distances.parquet")),
         "grid": _grid(target, config, inputs, source, references, pairs["kept"].to_numpy(bool)),
         "map": figures.feature_map(pd.read_parquet(folder / "features.parquet")),
+        "looks": figures.appearance(looks), "look_rows": _look_rows(looks),
         "gates": figures.gates(pd.read_parquet(inputs[f"align:{target}"] / "gates.parquet")),
         "align": read_json(inputs[f"align:{target}"] / "metrics.json"), "verdict": read_json(inputs[f"align:{target}"] / "verdict.json")["rounds"],
     }
@@ -170,6 +172,21 @@ def _distance_rows(distances: pd.DataFrame) -> dict[str, Any]:
             "n_reference": int(distances["n_reference"].iloc[0]),
             "floor": distances.drop_duplicates("metric").set_index("metric")["floor"].to_dict(),
             "error": distances[distances["metric"] == "kid"].set_index("set")["error"].to_dict()}
+
+
+def _look_rows(looks: pd.DataFrame) -> dict[str, Any]:
+    """Mean and deviation of every quantity by set, and how much of the way from stage 1 to the target alignment has gone."""
+    means, deviations = looks.groupby("set", sort=False).mean(), looks.groupby("set", sort=False).std()
+    quantities = [name for name in means.columns if means[name].notna().any()]
+    spread = deviations.loc["target test"]
+    way = {name: _share_gone(means.loc["stage1", name], means.loc["aligned", name], means.loc["target test", name], spread[name])
+           for name in quantities}
+    return {"quantities": quantities, "rows": [(name, means.loc[name].to_dict(), deviations.loc[name].to_dict()) for name in means.index], "way": way}
+
+
+def _share_gone(start: float, reached: float, goal: float, spread: float) -> float:
+    """(reached - start) / (goal - start); unknown where stage 1 already is within half a deviation of the target."""
+    return (reached - start) / (goal - start) if abs(goal - start) > 0.5 * spread else float("nan")
 
 
 def _grid(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], source: Pairs,
