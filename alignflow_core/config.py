@@ -225,10 +225,10 @@ class Align:
     adapter: str = "all"
     lora_rank: int = 16
     training: Training = field(default_factory=Training)
-    rho: float = 10.0
+    rho: float = 0.3
     prior_count: float = 10.0
     temperature: float = 1.0
-    queue: int = 64
+    queue: int = 24
     check_every: int = 20
     check_samples: int = 16
     patience: int = 5

@@ -5,6 +5,7 @@ Only safetensors are read: neither pickle nor TorchScript, which can run code. N
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def load(weights: str | Path | None) -> Pretrained:
     Raises:
         InputError: package, folder, weights or network missing; each with its remedy.
     """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         import transformers
         from transformers.utils import cached_file
