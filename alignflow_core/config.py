@@ -310,12 +310,14 @@ class Filter:
 
     ``outlier_limit``: outlyingness (1 is typical) above which a pair is implausible; ``copy_quantile``: share of real images
     that may be taken for copies; ``agreement_ratio``: least share of the set's median mask agreement; ``judge_steps``.
+    ``match_areas`` draws kept pairs more often whose regions are as large as the references' are judged to be.
     """
 
     outlier_limit: float = 2.5
     copy_quantile: float = 0.01
     agreement_ratio: float = 0.85
     judge_steps: int = 200
+    match_areas: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@
 * novel: not closer to a reference than real images are (``metrics/copying.py``);
 * mask-true: a judge that never saw the pair finds its mask again. Two judges are trained, each on one half of the
   synthetic pairs, and judge the other half: they know the target's look but need no target label.
+
+The judges also say how large the references' regions are; on request kept pairs are weighted towards that (``match_areas``).
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ import torch
 from alignflow_core.config import Filter, Segment, Task
 from alignflow_core.devices import prepare
 from alignflow_core.errors import StageError
+from alignflow_core.masks import regions
 from alignflow_core.metrics.copying import novelty_check
 from alignflow_core.networks.segmenters import build_segmenter, mean_dice, predict
 from alignflow_core.pairs import Pairs, read_pairs, to_unit
@@ -35,16 +38,20 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
     outlyingness = _outlyingness(pairs, train)
     draw = np.random.Generator(np.random.PCG64(derive_seed(config.seed, "filter", context.key, "novelty")))
     novelty, copied = novelty_check(pairs.images, references.images, train.images, train.table["group"].to_numpy(), settings.copy_quantile, draw)
-    agreement = _cross_judged(config, pairs, device, context)
+    agreement, reference_areas = _cross_judged(config, pairs, references, device, context)
     reasons = np.select([copied, outlyingness > settings.outlier_limit, agreement < settings.agreement_ratio * np.median(agreement)],
                         ["near copy of a reference", "implausible image", "image does not follow its mask"], default="")
     table = pd.DataFrame({"pair_id": pairs.ids, "kept": reasons == "", "reason": reasons, "novelty": novelty,
                           "outlyingness": outlyingness, "agreement": agreement})
+    areas = regions(pairs.labels, config.task).mean((2, 3))
+    table["weight"] = np.where(table["kept"], area_weights(areas, reference_areas) if settings.match_areas else 1.0, 0.0)
     if not table["kept"].any():
         raise StageError(f"filter refused all {len(table)} pairs ({table['reason'].value_counts().to_dict()}); "
                            "loosen the filter section or align again")
     table.to_parquet(out_dir / "manifest.parquet", index=False)
     return {"kept_fraction": float(table["kept"].mean()), "mask_agreement": float(np.mean(agreement)),
+            **{f"area_ratio_{name}": float(theirs / max(own, 1e-9)) for name, theirs, own in
+               zip(config.task.classes, np.median(reference_areas, 0), np.median(areas, 0), strict=True)},
             **{f"refused_{name.replace(' ', '_')}": float((reasons == name).mean()) for name in
                ("near copy of a reference", "implausible image", "image does not follow its mask")}}
 
@@ -60,14 +67,37 @@ def _outlyingness(pairs: Pairs, source: Pairs) -> np.ndarray:
     return size / np.median(size)
 
 
-def _cross_judged(config: Any, pairs: Pairs, device: torch.device, context: Any) -> np.ndarray:
-    """Dice of each pair's mask against the judge trained on the other half, [N]."""
+def area_weights(areas: np.ndarray, reference_areas: np.ndarray) -> np.ndarray:
+    """How often to draw each pair so that region areas follow the references', [N], between a quarter and four times the mean.
+
+    Ratio of two normal densities of the log areas, region by region. The references' mean is shrunk towards the set's by its
+    sampling error (positive-part James-Stein), their deviation is taken from the set: few references do not tell it.
+
+    Args:
+        areas, reference_areas: shares of the image, [N, C] and [n, C]; empty regions are left out.
+    """
+    log_weight = np.zeros(len(areas))
+    for own, theirs in zip(areas.T, reference_areas.T, strict=True):
+        ours, known = np.log(own[own > 0]), np.log(theirs[theirs > 0])
+        if len(known) < 2 or len(ours) < 2 or ours.std() < 1e-6:
+            continue
+        shift = (known.mean() - ours.mean()) / ours.std()
+        shift *= max(0.0, 1 - 1 / (len(known) * max(shift**2, 1e-12)))
+        place = np.where(own > 0, (np.log(np.maximum(own, 1e-9)) - ours.mean()) / ours.std(), 0.0)
+        log_weight += shift * place - shift**2 / 2
+    weight = np.exp(log_weight - log_weight.mean())
+    return np.clip(weight / weight.mean(), 0.25, 4.0)
+
+
+def _cross_judged(config: Any, pairs: Pairs, references: Pairs, device: torch.device, context: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Dice of each pair's mask against the judge trained on the other half, [N], and the judged region areas of the references, [n, C]."""
     settings: Filter = config.filter
     segment: Segment = config.segment
     task: Task = config.task
     training = dataclasses.replace(segment.training, steps=settings.judge_steps)
     half = np.arange(len(pairs)) % 2 == 0
     agreement = np.empty(len(pairs))
+    areas = []
     for number, trained_on in enumerate((half, ~half)):
         weights, _ = fit(Diet(pairs.select(trained_on)), None, task, segment.channels, training, config.machine,
                          (config.seed, "filter", "judge", number), context.work_dir / f"judge{number}.safetensors", context)
@@ -75,4 +105,5 @@ def _cross_judged(config: Any, pairs: Pairs, device: torch.device, context: Any)
         judge.load_state_dict(weights)
         judged = pairs.select(~trained_on)
         agreement[~trained_on] = mean_dice(predict(judge.to(device), judged.images, task, device), judged.labels, task)
-    return agreement
+        areas.append(regions(predict(judge, references.images, task, device), task).mean((2, 3)))
+    return agreement, np.mean(areas, axis=0)

@@ -42,7 +42,9 @@ def run_target(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any
     source = read_pairs(inputs["data:source"], "train")
     references = read_pairs(inputs["references"])
     aligned = read_pairs(inputs["sample_aligned"])
-    kept = pd.read_parquet(inputs["filter"] / "manifest.parquet")["kept"].to_numpy()
+    verdict = pd.read_parquet(inputs["filter"] / "manifest.parquet")
+    kept = verdict["kept"].to_numpy()
+    weights = None if verdict.loc[kept, "weight"].nunique() == 1 else verdict.loc[kept, "weight"].to_numpy()
     share = settings.synthetic_share
 
     def recoloured(method: str) -> Pairs:
@@ -52,7 +54,7 @@ def run_target(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any
         return Pairs(images, source.masks, source.ids, source.table)
 
     diets = {"reinhard": lambda: Diet(source, recoloured("reinhard"), share), "fourier": lambda: Diet(source, recoloured("fourier"), share),
-             "aligned": lambda: Diet(source, aligned, share), "aligned+filtered": lambda: Diet(source, aligned.select(kept), share),
+             "aligned": lambda: Diet(source, aligned, share), "aligned+filtered": lambda: Diet(source, aligned.select(kept), share, weights=weights),
              "references-labelled": lambda: Diet(source, references, share), "oracle": lambda: Diet(read_pairs(inputs["data:target"], "train"))}
     # Without labels of its own a reference set has no labelled arm; the tables then lack that row.
     chosen = [arm for arm in TARGET_ARMS if arm in settings.arms and (arm != "references-labelled" or references.masks is not None)]

@@ -20,12 +20,16 @@ from alignflow_core.seeding import derive_seed, generator
 
 @dataclass(frozen=True)
 class Diet:
-    """What a segmenter is fed: ``main`` pairs, and ``added`` pairs that make up ``share`` of each batch; ``colour`` jitter strength."""
+    """What a segmenter is fed: ``main`` pairs, and ``added`` pairs that make up ``share`` of each batch; ``colour`` jitter strength.
+
+    ``weights`` [len(added)]: how often each added pair is drawn; ``None`` for all alike.
+    """
 
     main: Pairs
     added: Pairs | None = None
     share: float = 0.5
     colour: float = 0.0
+    weights: np.ndarray | None = None
 
 
 def fit(diet: Diet, validation: Pairs | None, task: Task, channels: tuple[int, ...], training: Training, machine: Machine,
@@ -52,7 +56,10 @@ def fit(diet: Diet, validation: Pairs | None, task: Task, channels: tuple[int, .
         images, masks = diet.main.images[rows], diet.main.labels[rows]
         if diet.added is None:
             return images, masks
-        rows = draw.integers(len(diet.added), size=n_added)
+        if diet.weights is None:
+            rows = draw.integers(len(diet.added), size=n_added)
+        else:
+            rows = draw.choice(len(diet.added), size=n_added, p=diet.weights / diet.weights.sum())
         return np.concatenate([images, diet.added.images[rows]]), np.concatenate([masks, diet.added.labels[rows]])
 
     state = {"best_dice": torch.tensor([-1.0])} | {f"best:{name}": value.clone() for name, value in model.state_dict().items()}

@@ -155,6 +155,19 @@ def test_filter_refuses_a_pair_whose_image_ignores_its_mask(built: dict[str, Pat
     assert found.loc[9, "reason"] == "image does not follow its mask" and found["kept"].mean() > 0.8
 
 
+def test_area_weights_move_the_set_towards_the_references() -> None:
+    rng = np.random.default_rng(0)
+    areas = np.exp(rng.normal(-3, 0.3, (400, 1)))
+    larger = np.exp(rng.normal(-2.7, 0.3, (10, 1)))
+    weight = filtering.area_weights(areas, larger)
+    assert weight.min() >= 0.25 and weight.max() <= 4
+    moved = np.average(np.log(areas[:, 0]), weights=weight) - np.log(areas).mean()
+    assert 0.5 * 0.3 < moved < 1.3 * (np.log(larger).mean() - np.log(areas).mean())
+    within = np.exp(np.log(areas).mean() + 0.05 * rng.normal(0, 0.3, (10, 1)))
+    assert np.allclose(filtering.area_weights(areas, within), 1), "a shift within its sampling error is none"
+    assert np.allclose(filtering.area_weights(areas, larger[:1]), 1), "one reference does not tell"
+
+
 def test_segmenters_find_the_disc_and_arms_differ_in_their_images_only(built: dict[str, Path]) -> None:
     table = pd.concat([pd.read_parquet(built[name] / "segmenters.parquet") for name in ("segment_source", "segment_target")])
     assert set(table["arm"]) == {"source", "stage1", "aligned", "oracle"} and set(table["steps"]) == {40}
