@@ -256,11 +256,26 @@ class Align:
 
 @dataclass(frozen=True)
 class Target:
-    """One partition: a target domain with a reference set and its way of aligning."""
+    """One partition: a target domain with a reference set and its way of aligning.
+
+    Attributes:
+        arms: of :data:`TARGET_ARMS`, those trained for this target; ``null`` for all of ``segment.arms``.
+        synthetic_share: of each batch; ``null`` for ``segment.synthetic_share``.
+        variant_of: target whose ablation this is (see ``alignflow ablate``).
+    """
 
     domain: str
     references: References = field(default_factory=References)
     align: Align = field(default_factory=Align)
+    arms: tuple[str, ...] | None = None
+    synthetic_share: float | None = None
+    variant_of: str | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [arm for arm in self.arms or () if arm not in TARGET_ARMS]
+        if unknown:
+            raise InputError(*(f"arms: unknown arm '{arm}'{nearest(arm, TARGET_ARMS)}" for arm in unknown))
+        between("synthetic_share", self.synthetic_share or 0.0, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -388,6 +403,8 @@ class Project:
         for name, target in self.targets.items():
             if target.domain not in self.domains:
                 problems.append(f"targets.{name}.domain: '{target.domain}' is not among domains{nearest(target.domain, self.domains)}")
+            elif target.variant_of is not None and target.variant_of not in self.targets:
+                problems.append(f"targets.{name}.variant_of: '{target.variant_of}' is not among targets{nearest(target.variant_of, self.targets)}")
             elif target.domain == self.source:
                 problems.append(f"targets.{name}.domain: '{target.domain}' is the source; name another domain")
         if not self.targets:

@@ -110,6 +110,22 @@ def gates(table: pd.DataFrame) -> str:
         return _svg(figure)
 
 
+def ablation(rows: list[dict[str, Any]]) -> str:
+    """Difference in Dice to stage 1, with its interval, of a target and its variants."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(9.6, 0.3 * len(rows) + 0.9))
+        for y, row in enumerate(reversed(rows)):
+            colour = ARM_COLOURS["aligned+filtered"] if row is rows[0] else ARM_COLOURS["aligned"]
+            axis.plot([row["diff_ci_low"], row["diff_ci_high"]], [y, y], color=colour, lw=2.6, solid_capstyle="round")
+            axis.plot(row["difference"], y, "o", color=colour, ms=6.5, mec="white", mew=0.8)
+        axis.axvline(0, color="#1f2328", lw=0.8)
+        axis.set(yticks=range(len(rows)), yticklabels=[row["name"] for row in reversed(rows)], ylim=(-0.6, len(rows) - 0.4),
+                 xlabel="Dice minus stage1")
+        axis.grid(axis="y", visible=False)
+        figure.tight_layout()
+        return _svg(figure)
+
+
 def appearance(table: pd.DataFrame) -> str:
     """One panel per quantity: mean and deviation of every set, the target test's as a band."""
     quantities = [name for name in table.columns if name != "set" and table[name].notna().any()]

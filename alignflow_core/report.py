@@ -3,7 +3,8 @@
 Shows opaque case ids only. The page's words and layout are ``report_template.html``; its figures are ``figures.py``.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +46,8 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     metrics = [metric for metric in METRIC_WORDS if metric in set(comparison["metric"])]
     lineage = _lineage(inputs, context.root)
     once = comparison.drop_duplicates(["target", "arm", "metric"])
+    variants = [name for name in targets if config.targets[name].variant_of is not None]
+    targets = [name for name in targets if name not in variants]
     sections = []
     for done, target in enumerate(targets, start=1):
         sections.append(_target(target, config, inputs, source, comparison, gap))
@@ -55,7 +58,8 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
         baselines=list(dict.fromkeys(comparison["baseline"])), task=config.task, source=_split_counts(source), size=source.images.shape[1],
         forest=figures.forest(once[once["metric"] == "dice"], targets, "Dice, mean over held-out test images"),
         classes=_per_class(pd.read_parquet(inputs["compare"] / "per_class.parquet"), targets, metrics) if len(config.task.classes) > 1 else [],
-        losses=_losses(inputs, targets), lineage=lineage, run=_what_ran(lineage), obey_bar=OBEY_BAR,
+        ablations=_ablations(targets, variants, config, inputs, comparison), losses=_losses(inputs, targets),
+        lineage=lineage, run=_what_ran(lineage), obey_bar=OBEY_BAR,
         distance_metrics=DISTANCE_METRICS, longest=max((each["rows"] for each in sections), key=len),
         grouped=any(each["n_groups"] < each["n_test"] for each in sections),
     )
@@ -120,6 +124,45 @@ def _target(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], so
         "gates": figures.gates(pd.read_parquet(inputs[f"align:{target}"] / "gates.parquet")),
         "align": read_json(inputs[f"align:{target}"] / "metrics.json"), "verdict": read_json(inputs[f"align:{target}"] / "verdict.json")["rounds"],
     }
+
+
+def _ablations(targets: list[str], variants: list[str], config: SimpleNamespace, inputs: Mapping[str, Path],
+               comparison: pd.DataFrame) -> list[dict[str, Any]]:
+    """Per target with variants: one row for it and for each of them, and a figure of their differences to stage 1."""
+    found = []
+    for base in targets:
+        names = [base, *(name for name in variants if config.targets[name].variant_of == base)]
+        if len(names) == 1:
+            continue
+        bounds = comparison[(comparison["target"] == base) & (comparison["metric"] == "dice")].drop_duplicates("arm").set_index("arm")["mean"]
+        rows = []
+        for name in names:
+            dice = comparison.query("target == @name and metric == 'dice' and baseline == 'stage1'").set_index("arm")
+            numbers, gates = read_json(inputs[f"evaluate:{name}"] / "metrics.json"), read_json(inputs[f"align:{name}"] / "metrics.json")
+            arm = next((a for a in ("aligned+filtered", "aligned") if a in dice.index), None)
+            if arm is None:
+                continue
+            row = dice.loc[arm].to_dict()
+            span = bounds.get("oracle", np.nan) - bounds.get("source", np.nan)
+            closed = (row["mean"] - bounds["source"]) / span if span > 0 else np.nan
+            rows.append({"name": name, "changed": _changed(config.targets[base], config.targets[name]), "arm": arm, **row,
+                         "gap": closed, "kid": numbers.get("kid_aligned", np.nan),
+                         "copies": numbers.get("copy_flagged_kept_references", np.nan),
+                         **{ratio: gates.get(ratio, np.nan) for ratio in ("diversity_ratio", "agreement_ratio", "gate_failures")}})
+        found.append({"base": base, "rows": rows, "figure": figures.ablation(rows)})
+    return found
+
+
+def _changed(base: Any, variant: Any) -> str:
+    """What a variant says otherwise than its base, ``align.rho 0.3 -> 1``; the reference folder and the arms aside."""
+    one, other = dict(_flat(dataclasses.asdict(base))), dict(_flat(dataclasses.asdict(variant)))
+    aside = ("references.dir", "arms", "variant_of")
+    return ", ".join(f"{key} {one.get(key)} → {value}" for key, value in other.items() if one.get(key) != value and key not in aside) or "as set up"
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, each in value.items():
+        yield from _flat(each, f"{prefix}{key}.") if isinstance(each, dict) else [(f"{prefix}{key}", each)]
 
 
 def _rows(table: pd.DataFrame, shares: dict[str, float]) -> list[dict[str, Any]]:

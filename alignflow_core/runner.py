@@ -95,7 +95,7 @@ def stage_config(project: Project, stage: Stage, key: str | None) -> SimpleNames
         parts = dotted.split(".")
         if parts[0] == "domains":
             found["domain"] = project.domains[str(key)]
-        elif parts[0] == "targets":
+        elif parts[0] == "targets" and len(parts) > 1:
             found["target_domain" if parts[2] == "domain" else parts[2]] = getattr(project.targets[str(key)], parts[2])
         else:
             found[dotted] = getattr(project, dotted)

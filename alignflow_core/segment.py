@@ -45,7 +45,8 @@ def run_target(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any
     verdict = pd.read_parquet(inputs["filter"] / "manifest.parquet")
     kept = verdict["kept"].to_numpy()
     weights = None if verdict.loc[kept, "weight"].nunique() == 1 else verdict.loc[kept, "weight"].to_numpy()
-    share = settings.synthetic_share
+    share = settings.synthetic_share if config.synthetic_share is None else config.synthetic_share
+    wanted = settings.arms if config.arms is None else config.arms
 
     def recoloured(method: str) -> Pairs:
         draw = np.random.Generator(np.random.PCG64(derive_seed(config.seed, "segment", method, context.key)))
@@ -57,7 +58,7 @@ def run_target(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any
              "aligned": lambda: Diet(source, aligned, share), "aligned+filtered": lambda: Diet(source, aligned.select(kept), share, weights=weights),
              "references-labelled": lambda: Diet(source, references, share), "oracle": lambda: Diet(read_pairs(inputs["data:target"], "train"))}
     # Without labels of its own a reference set has no labelled arm; the tables then lack that row.
-    chosen = [arm for arm in TARGET_ARMS if arm in settings.arms and (arm != "references-labelled" or references.masks is not None)]
+    chosen = [arm for arm in TARGET_ARMS if arm in wanted and (arm != "references-labelled" or references.masks is not None)]
     return _fit_arms(config, {arm: diets[arm]() for arm in chosen}, {"oracle": read_pairs(inputs["data:target"], "val")},
                      read_pairs(inputs["data:source"], "val"), out_dir, context)
 

@@ -95,7 +95,7 @@ STAGES: dict[str, Stage] = {
               "4_synthesis", "Which synthetic pairs are plausible, novel and true to their mask."),
         Stage("segment_target", "target_segmenters", "target", "segment:run_target",
               ("data:source", "data:target", "references", "sample_aligned", "filter"),
-              ("seed", "machine", "task", "segment"), (), True, "5_downstream",
+              ("seed", "machine", "task", "segment", "targets.{key}.arms", "targets.{key}.synthetic_share"), (), True, "5_downstream",
               "Segmenters of the arms that use the target's references."),
         Stage("evaluate", "metrics", "target", "evaluate:run",
               ("data:source", "data:target", "references", "sample_stage1", "sample_aligned", "filter",
@@ -107,7 +107,7 @@ STAGES: dict[str, Stage] = {
         Stage("report", "report", "project", "report:run",
               ("compare", "evaluate:all", "data:source", "references:all", "sample_masks", "sample_stage1",
                "sample_aligned:all", "align:all", "filter:all", "image_flow", "mask_flow"),
-              ("task", "report"), (), False, "6_results", "One self-contained page of tables and figures."),
+              ("task", "report", "targets"), (), False, "6_results", "One self-contained page of tables and figures."),
     )
 }
 

@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
     def add_overrides(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("overrides", nargs="*", metavar="key=value",
-                         help="options: profile=smoke|demo|cpu|gpu, reward=frechet|skl, or any key of params.yaml, such as align.rho=2")
+                         help="options: profile=smoke|demo|cpu|gpu, reward=NAME, encoder=NAME, or any key of params.yaml, such as align.rho=2")
 
     def add_quiet(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--quiet", action="store_true", help="no progress on stderr")
@@ -82,6 +82,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--check", action="store_true", help="write nothing; exit code 3 if params.yaml differs")
     add_overrides(sub)
     add_root(sub)
+
+    sub = add("ablate", ablate, "add variants of targets to params.yaml; what they share is built once")
+    sub.add_argument("axes", nargs="+", metavar="KEY=VALUE,VALUE",
+                     help="reward=frechet,skl, encoder=statconv,flow, references.count=1,5,10, align.rho=0.1,1 or any other key of a target")
+    sub.add_argument("--target", action="append", default=[], help="target to vary; may be given several times (default: all)")
+    sub.add_argument("--grid", action="store_true", help="every combination of the axes instead of one axis at a time")
+    sub.add_argument("--run", action="store_true", help="then build everything in this process, as 'alignflow run' does")
+    add_root(sub)
+    add_quiet(sub)
 
     sub = add("plan", plan, "what is stale, and why")
     sub.add_argument("--check", action="store_true", help="exit code 3 if anything is stale")
@@ -199,6 +208,22 @@ def check(options: argparse.Namespace) -> int:
         print(f"{options.dir}: fine; {found['images']} images in {found['groups']} groups")
         print("\n".join(f"note: {name} has no foreground; kept as a case without one" for name in listing.empty_masks), end="")
     return 2 if found["problems"] else 0
+
+
+def ablate(options: argparse.Namespace) -> int:
+    """Variants of targets -> params.yaml (and dvc.yaml); with --run everything is built."""
+    from alignflow_core.runner import stop_on_sigterm
+    from pipelines import dvcfile, local
+    from pipelines.ablate import write_variants
+
+    added = write_variants(options.root, options.target, options.axes, options.grid)
+    print("\n".join(f"target {name}" for name in added) or "no new targets")
+    if (options.root / "dvc.yaml").exists():
+        dvcfile.write(options.root)
+    if options.run:
+        stop_on_sigterm()
+        print(f"report: {local.run_all(options.root, options.quiet)}")
+    return 0
 
 
 def plan(options: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import yaml
 
-from alignflow_core.config import build_project
+from alignflow_core.config import Project, build_project
 from alignflow_core.errors import InputError
 from alignflow_core.validation import nearest
 
@@ -51,7 +51,7 @@ def compose(overrides: Sequence[str] = (), layout: dict[str, Any] | None = None)
         project = build_project(raw, "configuration")
     except InputError as error:
         raise InputError(*_once(error.problems, tuple(raw["targets"]))) from None
-    return _plain(dataclasses.asdict(project))
+    return as_plain(project)
 
 
 def render(params: dict[str, Any], overrides: Sequence[str] = ()) -> str:
@@ -63,11 +63,16 @@ def render(params: dict[str, Any], overrides: Sequence[str] = ()) -> str:
 def write_params(file: Path, overrides: Sequence[str] = (), layout: dict[str, Any] | None = None) -> dict[str, Any]:
     """Compose, then write ``params.yaml`` by rename; nothing is written when the configuration is wrong."""
     params = compose(overrides, layout)
+    write_text(file, render(params, overrides))
+    return params
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write by rename, so that a reader never sees half a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.part{os.getpid()}")
-    part.write_text(render(params, overrides), encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     part.replace(file)
-    return params
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +118,11 @@ def _once(problems: Sequence[str], targets: tuple[str, ...]) -> list[str]:
     pattern = re.compile(rf"targets\.(?:{'|'.join(map(re.escape, targets))})\.({'|'.join(TARGET_DEFAULTS)})\b")
     general = [pattern.sub(r"\1", problem) for problem in problems]
     return list(dict.fromkeys(g if general.count(g) == len(targets) else p for p, g in zip(problems, general, strict=True)))
+
+
+def as_plain(project: Project) -> dict[str, Any]:
+    """A project as ``params.yaml`` holds it, every default filled in."""
+    return cast(dict[str, Any], _plain(dataclasses.asdict(project)))
 
 
 def _plain(value: Any) -> Any:

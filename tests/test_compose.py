@@ -67,7 +67,7 @@ def test_layout_of_ones_own() -> None:
     ("image_flow.training.step=1", ["image_flow.training.step", "did you mean 'steps'"]),
     ("targets.amberr.align.rho=1", ["targets.amberr.domain", "missing"]),
     ("profile=cpux", ["profile=cpux", "did you mean 'cpu'"]),
-    ("reward=mmd", ["unknown reward 'mmd'", "frechet", "skl"]),
+    ("reward=frechit", ["unknown reward 'frechit'", "frechet"]),
     ("sample.solver=rk4", ["sample.solver", "euler"]),
     ("seed=one", ["seed", "must be int"]),
     ("seed=[1", ["seed=[1", "quote"]),

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from toy_project import REPOSITORY, calls, copied, rebuilt, replace_reference, run, set_param
 
-STAGE_COUNT = 3 + 7 + 2 * 6  # domains, shared, targets
+STAGE_COUNT = 3 + 8 + 2 * 6  # domains, shared, targets
 
 
 def repro(root: Path) -> Counter[str]:

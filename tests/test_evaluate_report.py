@@ -12,7 +12,7 @@ import torch
 
 from alignflow_core import compare, evaluate, report
 from alignflow_core.artifact import tree_hash, write_json
-from alignflow_core.config import Evaluate, Machine, Report, Task
+from alignflow_core.config import Align, Evaluate, Machine, References, Report, Target, Task
 from alignflow_core.errors import InputError
 from alignflow_core.networks.segmenters import build_segmenter, save_segmenter
 from alignflow_core.pairs import Pairs, write_pairs
@@ -23,7 +23,8 @@ TASK = Task(name="fundus", kind="refuge", classes=("disc", "cup"), nested=True)
 SOURCE, AMBER = (150, 80, 40), (170, 120, 30)
 SHARED = ("source", "stage1")
 OWN = ("aligned", "aligned+filtered", "oracle")
-CONFIG = SimpleNamespace(seed=0, machine=Machine(device="cpu", threads=1), task=TASK, evaluate=Evaluate(bootstrap=200), report=Report(examples=3))
+CONFIG = SimpleNamespace(seed=0, machine=Machine(device="cpu", threads=1), task=TASK, evaluate=Evaluate(bootstrap=200), report=Report(examples=3),
+                         targets={"amber": Target("amber")})
 
 
 def paint(n: int, colour: tuple[int, int, int], seed: int, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
@@ -216,6 +217,19 @@ def test_report_is_one_self_contained_page(project: Path, compared: Path):
     assert "secret_" not in page  # file names stay at home
     assert all(f'id="{link[1:]}"' in page for link in links if link.startswith("#"))
     assert "evaluate" in page and "1.5" in page  # provenance, with seconds
+
+
+def test_ablations_say_what_was_changed_and_by_how_much(project: Path, compared: Path):
+    comparison = pd.read_parquet(compared / "comparison.parquet")
+    base = comparison[comparison["target"] == "amber"]
+    lower = base.assign(target="amber-skl", mean=base["mean"] - 0.1, difference=base["difference"] - 0.1)
+    targets = {"amber": Target("amber"), "amber-skl": Target("amber", References(count=5), Align(reward="skl"), variant_of="amber")}
+    inputs = {f"{stage}:{name}": project / "artifacts" / stage / "amber" for stage in ("evaluate", "align") for name in targets}
+    (found,) = report._ablations(["amber"], ["amber-skl"], SimpleNamespace(targets=targets), inputs, pd.concat([comparison, lower]))
+    first, second = found["rows"]
+    assert first["changed"] == "as set up" and second["changed"] == "references.count 10 → 5, align.reward frechet → skl"
+    assert first["mean"] - second["mean"] == pytest.approx(0.1)
+    assert report._ablations(["amber"], [], SimpleNamespace(targets=targets), inputs, comparison) == []
 
 
 def test_report_escapes_names(project: Path, compared: Path):

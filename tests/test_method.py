@@ -23,7 +23,7 @@ from alignflow_core.runner import Context
 SIZE = 24
 NETWORK = Network(channels=(8, 16), attention=(False, False), head_channels=8, n_res_blocks=1)
 CONFIG = SimpleNamespace(
-    seed=0, machine=Machine(device="cpu", threads=1), task=Task(),
+    seed=0, arms=None, synthetic_share=None, machine=Machine(device="cpu", threads=1), task=Task(),
     mask_flow=MaskFlow(network=NETWORK, training=Training(steps=80, batch=16, lr=3e-3, warm_up=5, ema=0.9), clip=4.0, size=SIZE),
     image_flow=ImageFlow(network=NETWORK, training=Training(steps=80, batch=16, lr=3e-3, warm_up=5, ema=0.9), clip=4.0),
     labeller=Labeller(channels=(4, 8), check_every=10, training=Training(steps=60, batch=8, lr=5e-3, warm_up=5, ema=0.8)),

@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 REPOSITORY = Path(__file__).parents[1]
-PLUMBING = ("__init__", "__main__", "artifact", "config", "errors", "runner", "stages", "validation")
-MODULES = ("data", "mask_flow", "image_flow", "sample", "segment", "align", "filtering", "evaluate", "compare", "report")
+PLUMBING = ("__init__", "__main__", "artifact", "config", "errors", "reward/__init__", "reward/registry", "runner", "stages", "validation")
+MODULES = ("data", "mask_flow", "image_flow", "sample", "segment", "labeller", "align", "reward/distances", "reward/statconv", "filtering",
+           "evaluate", "compare", "report")
 TARGETS = ("amber", "dim")
 
 STAGE = '''
@@ -78,7 +79,7 @@ def raw_folders(config):
 def write_project(root: Path) -> Path:
     """A toy project with two targets in ``root``, without DVC."""
     core = root / "alignflow_core"
-    core.mkdir(parents=True)
+    (core / "reward").mkdir(parents=True)
     for module in PLUMBING:
         shutil.copyfile(REPOSITORY / "alignflow_core" / f"{module}.py", core / f"{module}.py")
     for module in MODULES:
