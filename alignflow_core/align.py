@@ -162,7 +162,7 @@ class _Alignment:
               lambda metrics, i: context.log(metrics, first + i),
               lambda done, _, note: context.progress(first + done, settings.training.steps, note), on_step, state)
         rows = pd.DataFrame(state["looks"].numpy(), columns=list(COLUMNS)).astype({"step": "int64", "round": "int64"})
-        rows["failed"] = ["; ".join(failures(row, settings.gates)) for row in rows[list(RATIOS)].to_dict("records")]
+        rows["failed"] = ["; ".join(failures(dict(zip(RATIOS, row, strict=True)), settings.gates)) for row in rows[list(RATIOS)].to_numpy().tolist()]
         best, last = self._best(state["looks"]), int(rows["step"].iloc[-1])
         reason = "all steps are done" if last == first + steps else f"the held-out reward has not risen for {settings.patience} looks"
         verdict = {"round": number, "ended_at": last, "best_step": int(rows["step"][best]), "ended_because": reason,

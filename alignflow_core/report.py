@@ -142,7 +142,7 @@ def _ablations(targets: list[str], variants: list[str], config: SimpleNamespace,
             arm = next((a for a in ("aligned+filtered", "aligned") if a in dice.index), None)
             if arm is None:
                 continue
-            row = dice.loc[arm].to_dict()
+            row: dict[str, Any] = {str(column): value for column, value in dice.loc[arm].items()}
             span = bounds.get("oracle", np.nan) - bounds.get("source", np.nan)
             closed = (row["mean"] - bounds["source"]) / span if span > 0 else np.nan
             rows.append({"name": name, "changed": _changed(config.targets[base], config.targets[name]), "arm": arm, **row,
@@ -220,11 +220,10 @@ def _distance_rows(distances: pd.DataFrame) -> dict[str, Any]:
 def _look_rows(looks: pd.DataFrame) -> dict[str, Any]:
     """Mean and deviation of every quantity by set, and how much of the way from stage 1 to the target alignment has gone."""
     means, deviations = looks.groupby("set", sort=False).mean(), looks.groupby("set", sort=False).std()
-    quantities = [name for name in means.columns if means[name].notna().any()]
-    spread = deviations.loc["target test"]
-    way = {name: _share_gone(means.loc["stage1", name], means.loc["aligned", name], means.loc["target test", name], spread[name])
-           for name in quantities}
-    return {"quantities": quantities, "rows": [(name, means.loc[name].to_dict(), deviations.loc[name].to_dict()) for name in means.index], "way": way}
+    quantities = [str(name) for name in means.columns if means[name].notna().any()]
+    own, spread = ({str(name): {q: float(row[q]) for q in quantities} for name, row in table.iterrows()} for table in (means, deviations))
+    way = {q: _share_gone(own["stage1"][q], own["aligned"][q], own["target test"][q], spread["target test"][q]) for q in quantities}
+    return {"quantities": quantities, "rows": [(name, own[name], spread[name]) for name in own], "way": way}
 
 
 def _share_gone(start: float, reached: float, goal: float, spread: float) -> float:

@@ -98,7 +98,7 @@ class Standardised(nn.Module):
 
 def _on_grid(region: Tensor, x: Tensor) -> Tensor:
     """Membership [B, H, W] on the grid of a map [B, C, h, w]; cells that reach over the region's border hardly count."""
-    return functional.adaptive_avg_pool2d(region, x.shape[2:]) ** BORDER_POWER
+    return functional.adaptive_avg_pool2d(region, (x.shape[2], x.shape[3])) ** BORDER_POWER
 
 
 def pool(x: Tensor, weights: Tensor) -> Tensor:
