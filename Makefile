@@ -1,4 +1,4 @@
-# make setup | demo | test | nightly | lint | lock
+# make setup | demo | test | nightly | bench | lint | lock
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -14,7 +14,7 @@ CUDA := bindings pathfinder toolkit
 NVIDIA := cublas cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx
 OUTSIDE_LOCK := torch triton $(CUDA:%=cuda-%) $(NVIDIA:%=nvidia-%)
 
-.PHONY: setup demo test nightly lint lock
+.PHONY: setup demo test nightly bench lint lock
 
 setup: $(STAMP)
 
@@ -30,6 +30,10 @@ test: setup lint
 
 nightly: setup
 	@$(BIN)/python -m pytest -n 2 -m nightly
+
+# Ratios against a peer measured in the same run; BENCH_ARGS="--json FILE" keeps them.
+bench: setup
+	@$(BIN)/python benchmarks/stage_two.py $(BENCH_ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -5,6 +5,7 @@
  2. train a flow over masks                                         ``mask_flow.py``   mask synthesis
  3. train a flow that paints an image from a mask                   ``image_flow.py``  stage 1, denoising loss on the source
  4. raise a differentiable reward towards the reference images      ``align.py``       stage 2, alignment with denoising loss
+    (whose regions ``labeller.py`` finds; parts in ``reward/``)                        our choice
  5. draw masks and paint them, before and after alignment           ``sample.py``      synthesis and mask post-processing
  6. keep plausible, novel, mask-true pairs                          ``filtering.py``   our choice
  7. train segmenters on real and synthetic pairs                    ``segment.py``     downstream use
