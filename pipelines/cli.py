@@ -112,6 +112,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--metric", default="dice", help="metric to compare (default: dice)")
     add_root(sub)
 
+    sub = add("pool", pool, "one table per target from runs that differ in their seed")
+    sub.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of finished runs")
+    sub.add_argument("--baseline", action="append", default=[], metavar="ARM", help="also compare with this arm; may be given several times")
+
     sub = add("export", export, "kept synthetic pairs as PNG files for other tools")
     sub.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     sub.add_argument("--format", choices=["folder"], default="folder", help="folder: images/, masks/ and manifest.csv for each target")
@@ -285,6 +289,14 @@ def doctor(options: argparse.Namespace) -> int:
             if finding.remedy:
                 print(f"    -> {finding.remedy}")
     return 1 if any(finding.remedy for finding in findings) else 0
+
+
+def pool(options: argparse.Namespace) -> int:
+    """Tables over several seeds."""
+    from pipelines.pool import pooled
+
+    print(pooled(options.runs, options.baseline))
+    return 0
 
 
 def export(options: argparse.Namespace) -> int:

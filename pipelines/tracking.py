@@ -97,6 +97,7 @@ def _axes(root: Path, project: Project, stage: str, key: str | None) -> dict[str
     drawn = root / artifact_dir("references", key) / "metrics.json"  # a folder of references says itself how many there are
     count = int(read_json(drawn).get("n_references", target.references.count)) if drawn.exists() else target.references.count
     return {"target": str(key), "domain": target.domain, "reward": target.align.reward, "encoder": target.align.encoder,
+            "regions": target.align.regions, "variant_of": target.variant_of or "",
             "gradient": target.align.gradient, "n_references": str(count), "generator_seed": str(project.seed)}
 
 

@@ -1,5 +1,8 @@
 """Encoders, distances, gradient schemes: formulas re-derived, gradients against plain autograd."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from alignflow_core.config import Align, Gates
 from alignflow_core.flow.solver import euler, time_grid
 from alignflow_core.reward import distances, registry
 from alignflow_core.reward.distances import frechet, skl
+from alignflow_core.reward.encoders import Encoder, Material
 from alignflow_core.reward.gates import Probe, closeness, failures
 from alignflow_core.reward.gradient import full, last_k, sparse
 from alignflow_core.reward.moments import Reference, describe
@@ -145,7 +149,7 @@ def test_every_distance_is_least_at_the_references_and_leads_there(name: str) ->
         assert ours.grad is not None and ours.grad.isfinite().all()
         optimiser.step()
     assert first > 0.01 and value.item() < 0.7 * first
-    assert float(distance(ours, plain(theirs[:1].repeat(2, 1)), 1.0)) >= 0 or name == "cosine"  # one reference, given twice
+    assert distance(ours, plain(theirs[:1].repeat(2, 1)), 1.0).item() >= 0 or name == "cosine"  # one reference, given twice
 
 
 def test_distances_by_hand() -> None:
@@ -216,3 +220,15 @@ def test_closeness_falls_for_copies_and_not_for_a_new_look() -> None:
     copies = (0.8 * aligning + 0.2 * samples).astype(np.uint8)
     assert closeness(copies, aligning, held_out) < 0.5 * base
     assert closeness(copies, aligning, None) < 0.5 * closeness(samples, aligning, None)
+
+
+def test_the_documented_examples_run() -> None:
+    """docs/extending.md: a distance and an encoder of one's own."""
+    first, second = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "extending.md").read_text(), re.DOTALL)
+    space: dict[str, object] = {"Encoder": Encoder, "Material": Material, "Tensor": torch.Tensor}
+    exec(first, space)  # noqa: S102 (our own documentation)
+    exec(second, space)  # noqa: S102
+    ours = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    space["energy"](ours, describe(torch.ones(5, 4), 10.0)).backward()
+    assert ours.grad is not None and ours.grad.isfinite().all()
+    assert space["build"](None).maps(torch.randn(2, 3, 8, 8))[0].shape == (2, 3, 8, 7)

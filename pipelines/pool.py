@@ -1,0 +1,79 @@
+"""``alignflow pool``: runs that differ in their seed, as one table per target.
+
+A trained network is a draw. Values are averaged per image over generator and segmenter seeds before intervals are taken over images (or patients);
+how much the seeds themselves turn stands beside them, as the deviation of an arm's mean from seed to seed.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from alignflow_core.compare import compare, gap_closed
+from alignflow_core.config import ARMS, load_project
+from alignflow_core.errors import InputError
+from alignflow_core.validation import nearest
+
+
+def pooled(runs: Sequence[Path], baselines: Sequence[str]) -> str:
+    """Markdown tables of the finished runs in these folders.
+
+    Args:
+        runs: run folders; the same domains, tasks and targets, another ``seed`` each.
+        baselines: arms that the others are compared with, beside those of ``evaluate.baselines``.
+
+    Raises:
+        InputError: a run is unfinished, two share a seed, test images differ, or a baseline is no arm.
+    """
+    projects = {run: load_project(run / "params.yaml") for run in runs}
+    first = projects[runs[0]]
+    problems = [f"{run}: has seed {project.seed}, as {other} has; run it with another seed=N"
+                for i, (run, project) in enumerate(projects.items()) for other in runs[:i] if projects[other].seed == project.seed]
+    problems += [f"--baseline {name}: unknown arm{nearest(name, ARMS)}" for name in baselines if name not in ARMS]
+    problems += [f"{run}: target {target} is not evaluated yet; finish the run" for run, project in projects.items() for target in project.targets
+                 if not (run / "artifacts" / "evaluate" / target / "metrics.parquet").exists()]
+    if problems:
+        raise InputError(*problems)
+    values = pd.concat([pd.read_parquet(run / "artifacts" / "evaluate" / target / "metrics.parquet")
+                        for run, project in projects.items() for target in project.targets], ignore_index=True)
+    _refuse_other_images(values)
+    settings = dataclasses.replace(first.evaluate, baselines=tuple(dict.fromkeys([*first.evaluate.baselines, *baselines])))
+    return "\n".join(_tables(values, settings))
+
+
+def _refuse_other_images(values: pd.DataFrame) -> None:
+    """Seeds must be compared on the same test images."""
+    for target, part in values.groupby("target"):
+        tested = {frozenset(own["case_id"]) for _, own in part.groupby("generator_seed")}
+        if len(tested) > 1:
+            raise InputError(f"target {target}: the runs were tested on other images; keep data.seed and the raw folders the same")
+
+
+def _tables(values: pd.DataFrame, settings: object) -> list[str]:
+    table = compare(values, settings, seed=0)  # type: ignore[arg-type]
+    gap = gap_closed(table).query("metric == 'dice'").set_index(["target", "arm"])["gap_closed"]
+    per_seed = values[values["metric"] == "dice"].groupby(["target", "arm", "generator_seed", "segmenter_seed"])["value"].mean()
+    lines = []
+    for target in dict.fromkeys(table["target"]):
+        dice = table[(table["target"] == target) & (table["metric"] == "dice")]
+        means = table[table["target"] == target].drop_duplicates(["arm", "metric"]).pivot(index="arm", columns="metric", values="mean")
+        own = values[values["target"] == target]
+        baselines = list(dict.fromkeys(dice["baseline"]))
+        counts = [own[f"{kind}_seed"].nunique() for kind in ("generator", "segmenter")]
+        versus_all = " | ".join(f"minus `{name}` [95 %]" for name in baselines)
+        lines += [f"**{target}**: {dice['n'].iloc[0]} test units, {counts[0]} generator × {counts[1]} segmenter seeds", "",
+                  f"| arm | Dice [95 %] | ± over seeds | IoU | HD95 px | {versus_all} | gap closed |",
+                  "|---" * (6 + len(baselines)) + "|"]
+        for arm in dict.fromkeys(dice["arm"]):
+            rows = dice[dice["arm"] == arm].set_index("baseline")
+            one = rows.iloc[0]
+            seeds = per_seed[target, arm]
+            versus = [f"{r['difference']:+.3f} [{r['diff_ci_low']:+.3f}, {r['diff_ci_high']:+.3f}]" if name in rows.index
+                      and pd.notna((r := rows.loc[name])["difference"]) else "" for name in baselines]
+            share = gap.get((target, arm), float("nan"))
+            cells = [arm, f"{one['mean']:.3f} [{one['ci_low']:.3f}, {one['ci_high']:.3f}]", f"{seeds.std():.3f}", f"{means.loc[arm, 'iou']:.3f}",
+                     f"{means.loc[arm, 'hd95']:.1f}", *versus, "" if pd.isna(share) else f"{100 * share:.0f} %"]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return lines
