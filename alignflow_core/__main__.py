@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from alignflow_core.errors import InputError, StageError
+from alignflow_core.errors import exit_code
 from alignflow_core.runner import run_stage, stop_on_sigterm
 
 
@@ -23,20 +23,14 @@ def main(arguments: list[str] | None = None) -> int:
     stage.add_argument("--quiet", action="store_true", help="no progress on stderr")
     options = parser.parse_args(arguments)
     stop_on_sigterm()
-    try:
+
+    def build() -> int:
         ran = run_stage(options.root, options.name, options.target or options.domain, quiet=options.quiet)
-    except InputError as error:
-        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
-        return 2
-    except StageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
-    if not options.quiet:
-        print("built" if ran else "up to date", file=sys.stderr)
-    return 0
+        if not options.quiet:
+            print("built" if ran else "up to date", file=sys.stderr)
+        return 0
+
+    return exit_code(build)
 
 
 if __name__ == "__main__":

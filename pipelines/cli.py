@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from alignflow_core.errors import InputError, StageError
+from alignflow_core.errors import InputError, exit_code
 
 STALE = 3
 
@@ -15,17 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; exit code 0 fine, 1 failure, 2 bad input or usage, 3 something is stale, 130 or 143 interrupted."""
     options = parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
-    try:
-        return command(options)
-    except InputError as error:
-        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
-        return 2
-    except StageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
+    return exit_code(lambda: command(options))
 
 
 def parser() -> argparse.ArgumentParser:
