@@ -16,6 +16,7 @@ from alignflow_core.config import Project, load_project
 from alignflow_core.errors import InputError
 from alignflow_core.runner import chosen_files, code_hash, provenance_file
 from alignflow_core.stages import PACKAGE_DIR, STAGES, Stage, artifact_dir, source_files
+from pipelines.compose import write_text
 
 HEADER = "# Written from alignflow_core/stages.py and params.yaml by 'python -m pipelines.dvcfile'; do not edit.\n"
 
@@ -98,9 +99,7 @@ def write(root: Path) -> bool:
     text, file = render(load_project(root / "params.yaml"), root), root / "dvc.yaml"
     if file.exists() and file.read_text(encoding="utf-8") == text:
         return False
-    part = file.with_name(".dvc.yaml.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
+    write_text(file, text)
     return True
 
 

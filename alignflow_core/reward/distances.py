@@ -1,7 +1,7 @@
 """Distances between generated features and a reference set; the reward is the negative distance.
 
 Plain functions of one signature, ``distance(features, reference, temperature)``: features [N, D] with gradient, N >= 2, and a
-:class:`Reference` of n images, both standardised by source statistics, measured in units of the reference's ``scale``. Lower is
+:class:`Reference` of n images, both standardised by source statistics; all but ``frechet`` measure in its ``scale``. Lower is
 better, 0 where the set is what the distance can tell of the references. N and n may differ. Only ``skl`` uses the temperature.
 
 | distance | sees | few references |

@@ -3,6 +3,7 @@
 The encoder that rewards is never the encoder that measures (``metrics/features.py``).
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,12 @@ BORDER_POWER = 4
 MIN_PIXELS = 9.0  # of the smallest region that is described: fewer pixels say nothing about its deviation
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """A frozen, differentiable network whose maps are pooled to features (over the whole image or over a region)."""
 
+    @abstractmethod
     def maps(self, images: Tensor) -> list[Tensor]:
         """Feature maps [B, C_i, H_i, W_i], of any number and size, of images [B, 3, H, W] in [-1, 1]."""
-        raise NotImplementedError
 
     def layout(self, images: Tensor) -> Tensor:
         """Features [B, E] that only whole images have (where things are); none by default."""
