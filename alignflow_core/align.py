@@ -30,19 +30,20 @@ from alignflow_core.flow.solver import euler, time_grid
 from alignflow_core.flow.train import train
 from alignflow_core.masks import condition
 from alignflow_core.networks import lora, velocity_unet
-from alignflow_core.networks.segmenters import load_segmenter, mean_dice, predict
+from alignflow_core.networks.segmenters import load_segmenter, mean_dice, predict, stored_network
 from alignflow_core.pairs import Pairs, read_pairs, to_bytes, to_unit
 from alignflow_core.reward import regions
 from alignflow_core.reward.encoders import Material, Standardised, build
 from alignflow_core.reward.gates import RATIOS, Probe, closeness, failures
 from alignflow_core.reward.gradient import SCHEMES, Rewarded
 from alignflow_core.reward.objective import Known, Objective, steadied
-from alignflow_core.reward.recolour import recolour
+from alignflow_core.reward.recolour import recolour, refocus, spectral_gain, spectrum
 from alignflow_core.seeding import derive_seed, generator
 from alignflow_core.segmenter_fit import Diet, fit
 
 CALIBRATION_BATCHES = 4
 PROBE_REPEATS = 4
+SPECTRUM_IMAGES = 64
 COLUMNS = ("step", "round", "held_out_reward", "reward", *RATIOS)
 
 Weights = dict[str, Tensor]
@@ -77,6 +78,8 @@ class _Alignment:
         self.labels = torch.from_numpy(np.array(self.source.labels)).to(self.device)
         self.cond = condition(self.source.labels, self.task, self.flow.clip).to(self.device)
         self.reference_images = to_unit(self.references.images).to(self.device)
+        self.seen = regions.view(self.images)
+        self.gain: Tensor | None = None
         self.aligning, self.held_out = _roles(self.references.table["role"])
         self.painter = self._painter()
         self.averaged = self._painter()
@@ -86,13 +89,13 @@ class _Alignment:
         encoder = build(self.settings.encoder, Material(
             self.images, self.reference_images[torch.from_numpy(self.aligning).to(self.device)], inputs["image_flow"],
             context.root / str(weights) if local else weights, config.seed, context.work_dir))
+        self.labeller = load_segmenter(inputs["labeller"], self.device)
         self.objective = Objective(Standardised(encoder, self.images, self._regions(self.labels)), self.settings)
         self.probe, self.probe_labels = self._probe()
 
     def run(self, out_dir: Path) -> dict[str, float]:
         """All rounds; see :func:`run` of the module."""
         settings = self.settings
-        labeller = load_segmenter(self.inputs["labeller"], self.device)
         base_images, base_speed = self._sample(self.painter)
         weights: Weights = {name: value.detach().clone() for name, value in self.painter.state_dict().items()}
         n_rounds = settings.rounds if settings.regions == "pseudo" else 1
@@ -101,14 +104,14 @@ class _Alignment:
         verdicts: list[dict[str, Any]] = []
         balance = 0.0
         for number, steps in enumerate(shares.tolist()):
-            known, held_out = self._describe(labeller)
+            known, held_out = self._describe()
             balance = balance or self._balance(known)
-            look = self._looker(known, held_out, labeller, base_images, base_speed)
+            look = self._looker(known, held_out, base_images, base_speed)
             weights, rows, verdict = self._round(number, int(shares[:number].sum()), steps, weights, known, balance, look)
             looks.append(rows)
             verdicts.append(verdict)
             if number + 1 < n_rounds:
-                self._relabel(labeller, weights, number)
+                self._relabel(weights, number)
         table = pd.concat(looks, ignore_index=True)
         table["best"] = (table["round"] == n_rounds - 1) & (table["step"] == verdicts[-1]["best_step"])
         table.to_parquet(out_dir / "gates.parquet", index=False)
@@ -195,12 +198,21 @@ class _Alignment:
 
     def _recoloured(self, rows: Tensor, draw: torch.Generator) -> Tensor:
         """Source images of these rows, each in the colours of a reference drawn at random."""
-        references, known = self.colours
-        own = self._regions(self.labels[rows])
+        references, known, seen = self.colours
+        images, own, measured, own_seen = self.images[rows], self._regions(self.labels[rows]), self.cores[rows], self.seen[rows]
         if not own.shape[1]:
-            own, known = (x.new_ones(len(x), 1, *x.shape[2:]) for x in (own, known))
+            own, known = own.new_ones(len(own), 1, *own.shape[2:]), seen[:, None]
+            measured = own
         partner = torch.randint(len(references), (len(rows),), generator=draw).to(self.device)
-        return recolour(self.images[rows], own, references, known, partner)
+        painted = recolour(images, own * own_seen[:, None], measured * own_seen[:, None], references, known, seen, partner)
+        return painted if self.gain is None else refocus(painted, self.gain, own_seen)
+
+    def _spectral_gain(self) -> Tensor:
+        """What takes recoloured source images to the references' sharpness and noise."""
+        references, _, seen = self.colours
+        draw = generator(self.config.seed, "align", self.context.key, "spectrum")
+        rows = torch.randint(len(self.images), (SPECTRUM_IMAGES,), generator=draw).to(self.device)
+        return spectral_gain(spectrum(self._recoloured(rows, draw), self.seen[rows]), spectrum(references, seen))
 
     def _pull(self, draw: torch.Generator, weight: float, known: Known, past: list[Tensor]) -> tuple[Rewarded, list[Tensor]]:
         """Gradient of ``weight`` times the reward of one batch, steadied by the features of earlier samples."""
@@ -235,8 +247,7 @@ class _Alignment:
         self.painter.zero_grad(set_to_none=True)
         return self.settings.rho * norms["denoise"] / max(norms["reward"], 1e-12)
 
-    def _looker(self, known: Known, held_out: Known, labeller: nn.Module, base_images: Tensor,
-                base_speed: float) -> Callable[[nn.Module], dict[str, float]]:
+    def _looker(self, known: Known, held_out: Known, base_images: Tensor, base_speed: float) -> Callable[[nn.Module], dict[str, float]]:
         """A function from a painter to its rewards and its ratios to stage 1 on the probe set."""
         probe_labels = self.probe_labels.cpu().numpy()
         shown = [self.references.images[rows] for rows in (self.aligning, self.held_out)]
@@ -244,7 +255,7 @@ class _Alignment:
 
         def facts(images: Tensor) -> tuple[list[Tensor], float, float, float]:
             features, seen = self._features(images, self.probe_labels), to_bytes(images)
-            agreement = float(mean_dice(predict(labeller, seen, self.task, self.device), probe_labels, self.task).mean())
+            agreement = float(mean_dice(predict(self.labeller, seen, self.task, self.device), probe_labels, self.task).mean())
             return features, self.probe.diversity(features[0]), agreement, closeness(seen, shown[0], closest)
 
         _, *base = facts(base_images)
@@ -258,20 +269,25 @@ class _Alignment:
 
         return torch.no_grad()(look)
 
-    def _describe(self, labeller: nn.Module) -> tuple[Known, Known]:
+    def _describe(self) -> tuple[Known, Known]:
         """What is known of the aligning and of the held-out references."""
         if self.settings.regions == "labels":
             membership = self._regions(torch.from_numpy(np.array(self.references.labels)).to(self.device))
         elif self.settings.regions == "pseudo":
-            membership = regions.from_segmenter(labeller, self.reference_images, self.task, self.settings.confidence)
+            membership = regions.from_segmenter(self.labeller, self.reference_images, self.task, self.settings.confidence)
         else:
             membership = self.reference_images.new_zeros(len(self.references), 0, *self.reference_images.shape[2:])
+        seen = regions.view(self.reference_images)
+        membership = membership * seen[:, None]
         chosen = [torch.from_numpy(rows).to(self.device) for rows in (self.aligning, self.held_out)]
-        self.colours = self.reference_images[chosen[0]], membership[chosen[0]]
+        self.colours = self.reference_images[chosen[0]], membership[chosen[0]], seen[chosen[0]]
+        self.cores = self._core(self.images, self.labels)
+        self.gain = None
+        self.gain = self._spectral_gain()
         aligning, held_out = (self.objective.describe(self.reference_images[rows], membership[rows]) for rows in chosen)
         return aligning, held_out
 
-    def _relabel(self, labeller: nn.Module, weights: Weights, number: int) -> None:
+    def _relabel(self, weights: Weights, number: int) -> None:
         """Retrain the labeller on source pairs and pairs of the tuned painter."""
         settings = self.settings
         self.averaged.load_state_dict(weights)
@@ -285,18 +301,25 @@ class _Alignment:
                 painted.append(to_bytes(euler(painter, x0, self.cond[part.to(self.device)], self.times)))
         chosen = self.source.select(rows.numpy())
         aligned = Pairs(np.concatenate(painted), chosen.masks, chosen.ids, chosen.table)
-        start = {name: value.clone() for name, value in labeller.state_dict().items()}
-        channels = tuple(read_json(self.inputs["labeller"] / "config.json")["unet_channels"])
-        trained, _ = fit(Diet(self.source, aligned), None, self.task, channels, settings.relabel, self.config.machine,
+        start = {name: value.clone() for name, value in self.labeller.state_dict().items()}
+        network = stored_network(read_json(self.inputs["labeller"] / "config.json"))
+        trained, _ = fit(Diet(self.source, aligned), None, self.task, network, settings.relabel, self.config.machine,
                          (self.config.seed, "align", self.context.key, "relabel", number), self.context.work_dir / f"relabel{number}.safetensors",
                          dataclasses.replace(self.context, progress=lambda done, total, note: None), start=start)
-        labeller.load_state_dict(trained)
-        labeller.eval()
+        self.labeller.load_state_dict(trained)
+        self.labeller.eval()
 
     def _features(self, images: Tensor, labels: Tensor) -> list[Tensor]:
         """Standardised features of images whose masks are known, of the whole and of each region."""
-        features: list[Tensor] = self.objective.encoder(images, self._regions(labels))
+        features: list[Tensor] = self.objective.encoder(images, self._core(images.detach(), labels))
         return features
+
+    def _core(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Regions [N, R, H, W] as far as they would be known if the images were references."""
+        membership = self._regions(labels)
+        if self.settings.regions != "pseudo":
+            return membership
+        return regions.core(membership, regions.from_segmenter(self.labeller, images, self.task, self.settings.confidence))
 
     def _regions(self, labels: Tensor) -> Tensor:
         """Membership [N, R, H, W] of the regions that are compared; R = 0 without regions."""

@@ -166,10 +166,26 @@ class ImageFlow:
 
 
 @dataclass(frozen=True)
+class SegmenterNetwork:
+    """MONAI's residual U-Net.
+
+    Attributes:
+        channels: per level, each half the size of the one before.
+        norm: ``instance`` forgives a shift of colour or contrast that a whole image shares; ``batch`` does not.
+    """
+
+    channels: tuple[int, ...] = (16, 32, 64, 128)
+    norm: str = "batch"
+
+    def __post_init__(self) -> None:
+        one_of("segmenter network.norm", self.norm, ("batch", "instance"))
+
+
+@dataclass(frozen=True)
 class Labeller:
     """The segmenter that stage 2 asks for the references' pseudo-masks: source pairs under strong colour augmentation."""
 
-    channels: tuple[int, ...] = (16, 32, 64, 128)
+    network: SegmenterNetwork = field(default_factory=SegmenterNetwork)
     training: Training = field(default_factory=Training)
     colour_strength: float = 0.4
     check_every: int = 50
@@ -341,7 +357,7 @@ class Segment:
 
     arms: tuple[str, ...] = ARMS
     seeds: int = 2
-    channels: tuple[int, ...] = (16, 32, 64, 128)
+    network: SegmenterNetwork = field(default_factory=SegmenterNetwork)
     training: Training = field(default_factory=Training)
     synthetic_share: float = 0.5
     check_every: int = 50

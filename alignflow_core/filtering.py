@@ -99,9 +99,9 @@ def _cross_judged(config: Any, pairs: Pairs, references: Pairs, device: torch.de
     agreement = np.empty(len(pairs))
     areas = []
     for number, trained_on in enumerate((half, ~half)):
-        weights, _ = fit(Diet(pairs.select(trained_on)), None, task, segment.channels, training, config.machine,
+        weights, _ = fit(Diet(pairs.select(trained_on)), None, task, segment.network, training, config.machine,
                          (config.seed, "filter", "judge", number), context.work_dir / f"judge{number}.safetensors", context)
-        judge = build_segmenter(len(task.classes), segment.channels, 0)
+        judge = build_segmenter(len(task.classes), segment.network, 0)
         judge.load_state_dict(weights)
         judged = pairs.select(~trained_on)
         agreement[~trained_on] = mean_dice(predict(judge.to(device), judged.images, task, device), judged.labels, task)

@@ -17,8 +17,8 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
     """Train the segmenter on the source's training split, choose its weights on the validation split, write it."""
     settings: Labeller = config.labeller
     source = read_pairs(inputs["data:source"], "train")
-    weights, dice = fit(Diet(source, colour=settings.colour_strength), read_pairs(inputs["data:source"], "val"), config.task, settings.channels,
+    weights, dice = fit(Diet(source, colour=settings.colour_strength), read_pairs(inputs["data:source"], "val"), config.task, settings.network,
                         settings.training, config.machine, (config.seed, "labeller", "source"), context.work_dir / "state.safetensors", context,
                         check_every=settings.check_every)
-    save_segmenter(out_dir, weights, len(config.task.classes), settings.channels, config.task, val_dice=dice)
+    save_segmenter(out_dir, weights, len(config.task.classes), settings.network, config.task, val_dice=dice)
     return {"val_dice": dice}

@@ -73,9 +73,9 @@ def _fit_arms(config: Any, diets: dict[str, Diet], own_validation: dict[str, Pai
         for seed in range(settings.seeds):
             folder = f"{arm}/seed{seed}"
             # Seeds leave out the target's name: arms of two targets start from equal weights.
-            weights, dice = fit(diet, own_validation.get(arm, validation), task, settings.channels, settings.training, config.machine,
+            weights, dice = fit(diet, own_validation.get(arm, validation), task, settings.network, settings.training, config.machine,
                                 (config.seed, "segment", arm, seed), context.work_dir / f"{arm}.{seed}.safetensors", context, settings.check_every)
-            save_segmenter(out_dir / folder, weights, len(task.classes), settings.channels, task, arm=arm, val_dice=dice)
+            save_segmenter(out_dir / folder, weights, len(task.classes), settings.network, task, arm=arm, val_dice=dice)
             rows.append((arm, seed, folder, dice, settings.training.steps, len(diet.main), 0 if diet.added is None else len(diet.added)))
     table = pd.DataFrame(rows, columns=["arm", "segmenter_seed", "folder", "val_dice", "steps", "n_real", "n_synthetic"])
     table.to_parquet(out_dir / "segmenters.parquet", index=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from alignflow_core.checkpoint import section
-from alignflow_core.config import Machine, Task, Training
+from alignflow_core.config import Machine, SegmenterNetwork, Task, Training
 from alignflow_core.devices import prepare
 from alignflow_core.flow.ema import Ema
 from alignflow_core.flow.train import train
@@ -32,7 +32,7 @@ class Diet:
     weights: np.ndarray | None = None
 
 
-def fit(diet: Diet, validation: Pairs | None, task: Task, channels: tuple[int, ...], training: Training, machine: Machine,
+def fit(diet: Diet, validation: Pairs | None, task: Task, network: SegmenterNetwork, training: Training, machine: Machine,
         names: tuple[object, ...], state_file: Path, context: Any, check_every: int = 50,
         start: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], float]:
     """Train a segmenter; returns the averaged weights of the best validation Dice, and that Dice.
@@ -44,8 +44,8 @@ def fit(diet: Diet, validation: Pairs | None, task: Task, channels: tuple[int, .
         start: weights to start from; ``None`` draws them.
     """
     device = prepare(machine)
-    model = build_segmenter(len(task.classes), channels, derive_seed(*names, "weights")).to(device)
-    averaged = build_segmenter(len(task.classes), channels, 0).to(device)
+    model = build_segmenter(len(task.classes), network, derive_seed(*names, "weights")).to(device)
+    averaged = build_segmenter(len(task.classes), network, 0).to(device)
     if start is not None:
         model.load_state_dict(start)
     n_added = round(diet.share * training.batch) if diet.added is not None else 0

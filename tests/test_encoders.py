@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from alignflow_core.config import Network, Task
+from alignflow_core.config import Network, SegmenterNetwork, Task
 from alignflow_core.errors import InputError
 from alignflow_core.networks import velocity_unet
 from alignflow_core.networks.segmenters import build_segmenter
@@ -77,6 +77,19 @@ def test_a_region_is_described_by_its_own_pixels_alone() -> None:
     assert moved < 0.3 * moved2, "only filters that reach over the border may see the outside"
 
 
+def test_a_black_frame_does_not_count() -> None:
+    images = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 0.5
+    labels = torch.zeros(6, 32, 32, dtype=torch.long)
+    labels[:, 10:22, 10:22] = 1
+    encoder = Standardised(StatConv(), images, regions.from_labels(labels, 1))
+    framed = images.clone()
+    framed[..., :8], framed[:, :, :8] = -1, -1
+    plain, dark = encoder(images, regions.from_labels(labels, 1)), encoder(framed, regions.from_labels(labels, 1))
+    colours = slice(51, 57)  # after the layout: mean and deviation of the channels
+    assert (plain[0][:, colours] - dark[0][:, colours]).abs().max() < 6  # a frame that counted would move these by tens
+    assert (plain[1][:, :6] - dark[1][:, :6]).abs().max() < 6, "the background without its frame looks as before"
+
+
 def test_pooling_by_hand() -> None:
     x = torch.tensor([[[[1.0, 3.0], [5.0, 100.0]]]])
     weights = torch.tensor([[[1.0, 1.0], [2.0, 0.0]]])
@@ -92,7 +105,7 @@ def test_pseudo_regions_are_the_confident_pixels() -> None:
     assert (nested >= 0.8).long()[0].flatten(1).T.tolist() == [[0, 0, 1], [0, 1, 0], [0, 0, 0], [1, 0, 0]]
     flat = regions.class_probabilities(inside, Task())
     assert torch.allclose(flat[0, 1].flatten(), inside.flatten())
-    model = build_segmenter(1, (4, 8), seed=0).eval()
+    model = build_segmenter(1, SegmenterNetwork((4, 8)), seed=0).eval()
     images = pictures(3, 4)
     membership = regions.from_segmenter(model, images, Task(), 0.5)
     assert torch.equal(membership.sum(1), torch.ones(3, 32, 32)), "at one half every pixel of a binary task is confident"

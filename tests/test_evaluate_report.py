@@ -12,7 +12,7 @@ import torch
 
 from alignflow_core import compare, evaluate, report
 from alignflow_core.artifact import tree_hash, write_json
-from alignflow_core.config import Align, Evaluate, Machine, References, Report, Target, Task
+from alignflow_core.config import Align, Evaluate, Machine, References, Report, SegmenterNetwork, Target, Task
 from alignflow_core.errors import InputError
 from alignflow_core.networks.segmenters import build_segmenter, save_segmenter
 from alignflow_core.pairs import Pairs, write_pairs
@@ -52,8 +52,8 @@ def write_segmenters(folder: Path, arms: tuple[str, ...], seeds: int = 2) -> Non
     for arm in arms:
         for seed in range(seeds):
             torch.manual_seed(seed)
-            model = build_segmenter(2, (8, 16), seed)
-            save_segmenter(folder / arm / f"seed{seed}", model.state_dict(), 2, (8, 16), TASK, arm=arm)
+            model = build_segmenter(2, SegmenterNetwork((8, 16)), seed)
+            save_segmenter(folder / arm / f"seed{seed}", model.state_dict(), 2, SegmenterNetwork((8, 16)), TASK, arm=arm)
             rows.append((arm, seed, f"{arm}/seed{seed}", 0.5, 10, 40, 0))
     columns = ["arm", "segmenter_seed", "folder", "val_dice", "steps", "n_real", "n_synthetic"]
     pd.DataFrame(rows, columns=columns).to_parquet(folder / "segmenters.parquet")

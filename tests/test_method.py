@@ -12,7 +12,21 @@ import torch
 
 from alignflow_core import align, filtering, image_flow, labeller, mask_flow, sample, segment
 from alignflow_core.checkpoint import load_tensors
-from alignflow_core.config import Align, Filter, Gates, ImageFlow, Labeller, Machine, MaskFlow, Network, Sample, Segment, Task, Training
+from alignflow_core.config import (
+    Align,
+    Filter,
+    Gates,
+    ImageFlow,
+    Labeller,
+    Machine,
+    MaskFlow,
+    Network,
+    Sample,
+    Segment,
+    SegmenterNetwork,
+    Task,
+    Training,
+)
 from alignflow_core.masks import regions
 from alignflow_core.networks import velocity_unet
 from alignflow_core.networks.segmenters import load_segmenter, predict
@@ -26,12 +40,12 @@ CONFIG = SimpleNamespace(
     seed=0, arms=None, synthetic_share=None, machine=Machine(device="cpu", threads=1), task=Task(),
     mask_flow=MaskFlow(network=NETWORK, training=Training(steps=80, batch=16, lr=3e-3, warm_up=5, ema=0.9), clip=4.0, size=SIZE),
     image_flow=ImageFlow(network=NETWORK, training=Training(steps=80, batch=16, lr=3e-3, warm_up=5, ema=0.9), clip=4.0),
-    labeller=Labeller(channels=(4, 8), check_every=10, training=Training(steps=60, batch=8, lr=5e-3, warm_up=5, ema=0.8)),
+    labeller=Labeller(network=SegmenterNetwork((4, 8)), check_every=10, training=Training(steps=60, batch=8, lr=5e-3, warm_up=5, ema=0.8)),
     align=Align(n_steps=4, k=2, queue=16, check_every=5, check_samples=8, relabel_pairs=12, gates=Gates(velocity=1.5, agreement=0.2),
                 relabel=Training(steps=10, batch=8, lr=2e-3, warm_up=2, ema=0.8),
                 training=Training(steps=40, batch=8, lr=4e-3, warm_up=2, ema=0.8, save_every=7, log_every=1)),
     sample=Sample(n_pairs=12, batch=4, n_steps=4, area_quantile=0.0, copy_dice=1.0), filter=Filter(judge_steps=8),
-    segment=Segment(arms=("source", "stage1", "aligned", "oracle"), seeds=1, channels=(4, 8), check_every=10,
+    segment=Segment(arms=("source", "stage1", "aligned", "oracle"), seeds=1, network=SegmenterNetwork((4, 8)), check_every=10,
                     training=Training(steps=40, batch=8, lr=5e-3, warm_up=5, ema=0.8)))
 
 

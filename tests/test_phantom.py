@@ -100,9 +100,9 @@ def test_source_segmenter_falls_on_every_target_and_a_target_segmenter_does_not(
     context = Context(None, tmp_path, tmp_path, lambda metrics, step: None, lambda done, total, note: None)
 
     def trained(camera: str, train: Pairs, val: Pairs) -> torch.nn.Module:
-        weights, _ = fit(Diet(train), val, REFUGE, segment, training, Machine(device="cpu", threads=1), (0, "segment", camera),
+        weights, _ = fit(Diet(train), val, REFUGE, segment.network, training, Machine(device="cpu", threads=1), (0, "segment", camera),
                          tmp_path / camera, context)
-        model = build_segmenter(2, segment.channels, 0)
+        model = build_segmenter(2, segment.network, 0)
         model.load_state_dict(weights)
         return model
 

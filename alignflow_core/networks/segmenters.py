@@ -10,21 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from alignflow_core.checkpoint import load_network, save_network
-from alignflow_core.config import Task
+from alignflow_core.config import SegmenterNetwork, Task
 from alignflow_core.masks import from_regions, regions
 from alignflow_core.pairs import to_unit
 
 Batch = tuple[np.ndarray, np.ndarray]
 
 
-def build_segmenter(n_classes: int, channels: tuple[int, ...], seed: int) -> nn.Module:
+def build_segmenter(n_classes: int, network: SegmenterNetwork, seed: int) -> nn.Module:
     """U-Net [B, 3, H, W] -> region logits [B, C, H, W]; the same seed gives the same weights."""
     from monai.networks.nets import UNet
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return UNet(spatial_dims=2, in_channels=3, out_channels=n_classes, channels=channels,
-                    strides=(2,) * (len(channels) - 1), num_res_units=1, norm="batch")
+        return UNet(spatial_dims=2, in_channels=3, out_channels=n_classes, channels=network.channels,
+                    strides=(2,) * (len(network.channels) - 1), num_res_units=1, norm=network.norm)
 
 
 def segmentation_loss(logits: Tensor, truth: Tensor) -> Tensor:
@@ -103,14 +103,19 @@ def mean_dice(predicted: np.ndarray, truth: np.ndarray, task: Task) -> np.ndarra
     return np.where(total > 0, 2 * overlap / np.maximum(total, 1), 1.0).mean(1)
 
 
-def save_segmenter(folder: Path, weights: dict[str, Tensor], n_classes: int, channels: tuple[int, ...], task: Task, **facts: Any) -> None:
+def save_segmenter(folder: Path, weights: dict[str, Tensor], n_classes: int, network: SegmenterNetwork, task: Task, **facts: Any) -> None:
     """Write a segmenter with what is needed to use it elsewhere."""
-    save_network(folder, weights, {"n_classes": n_classes, "unet_channels": channels, "task": dataclasses.asdict(task), **facts})
+    save_network(folder, weights, {"n_classes": n_classes, "network": dataclasses.asdict(network), "task": dataclasses.asdict(task), **facts})
+
+
+def stored_network(config: dict[str, Any]) -> SegmenterNetwork:
+    """The architecture that a checkpoint's ``config.json`` names."""
+    return SegmenterNetwork(tuple(config["network"]["channels"]), config["network"]["norm"])
 
 
 def load_segmenter(folder: Path, device: torch.device) -> nn.Module:
     """The segmenter of a checkpoint folder, on its device, in evaluation mode."""
     weights, config = load_network(folder)
-    model = build_segmenter(config["n_classes"], tuple(config["unet_channels"]), seed=0)
+    model = build_segmenter(config["n_classes"], stored_network(config), seed=0)
     model.load_state_dict(weights)
     return model.to(device).eval()

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alignflow_core.reward import registry
+from alignflow_core.reward.regions import MIN_PIXELS, view
 
 BORDER_POWER = 4
-MIN_PIXELS = 9.0  # of the smallest region that is described: fewer pixels say nothing about its deviation
 
 
 class Encoder(nn.Module, ABC):
@@ -60,7 +60,7 @@ def build(name: str, material: Material) -> Encoder:
 
 
 class Standardised(nn.Module):
-    """Features of images or regions with mean 0 and deviation 1 on the source images they were fitted to.
+    """Features of images or regions with mean 0 and deviation 1 on the source images they were fitted to; frames are left out.
 
     Args:
         encoder: frozen encoder.
@@ -88,10 +88,10 @@ class Standardised(nn.Module):
         return [(f - mean) / std for f, (mean, std) in zip(self._raw(images, weights), self.moments, strict=True)]
 
     def _raw(self, images: Tensor, weights: Tensor) -> list[Tensor]:
-        maps = self.encoder.maps(images)
-        whole = torch.cat([self.encoder.layout(images), *(pool(m, m.new_ones(len(m), *m.shape[2:])) for m in maps)], dim=1)
+        maps, seen = self.encoder.maps(images), view(images)
+        whole = torch.cat([self.encoder.layout(images), *(pool(m, _on_grid(seen, m)) for m in maps)], dim=1)
         found = [whole]
-        for region in weights.unbind(1):
+        for region in (weights * seen[:, None]).unbind(1):
             there = region.sum((1, 2)) >= MIN_PIXELS
             found.append(torch.cat([pool(m[there], _on_grid(region[there], m)) for m in maps], dim=1))
         return found

@@ -1,15 +1,51 @@
-"""Regions of an image for region-aware rewards: from masks, or from a segmenter's confident pixels."""
+"""Regions of an image for region-aware rewards: from masks, or from a segmenter's confident pixels; and what a camera saw at all."""
 
+import numpy as np
 import torch
+from scipy.ndimage import binary_propagation
 from torch import Tensor, nn
 from torch.nn import functional
 
 from alignflow_core.config import Task
 
+FRAME_LEVEL = 2 * 20 / 255 - 1  # no channel of a frame's pixel is brighter; JPEG noise on black stays below
+MIN_PIXELS = 9.0  # of the smallest region that is described: fewer pixels say nothing about its deviation
+LEAST_VIEW = 0.25  # of the image: a darker one is a dark image, not a framed one
+
 
 def from_labels(labels: Tensor, n_classes: int) -> Tensor:
     """Class numbers [N, H, W] -> membership float [N, 1 + n_classes, H, W]: background, then every class; regions do not overlap."""
     return functional.one_hot(labels.long(), n_classes + 1).permute(0, 3, 1, 2).float()
+
+
+def core(membership: Tensor, confident: Tensor) -> Tensor:
+    """The part of each region that the segmenter is confident of too, [N, R, H, W]; the whole region where that is next to nothing.
+
+    References show a segmenter's confident pixels only, and these are no fair sample of a region (the brightest part of a cup):
+    images whose regions are known must be measured on pixels chosen in the same way.
+    """
+    both = membership * confident
+    return torch.where(both.sum((2, 3), keepdim=True) >= MIN_PIXELS, both, membership)
+
+
+@torch.no_grad()
+def view(images: Tensor) -> Tensor:
+    """Pixels that the camera saw: all but the black frame, which is dark and joined to the border.
+
+    An endoscope's frame differs from site to site and would pass for tissue in every statistic (our choice).
+
+    Args:
+        images: [N, 3, H, W] in [-1, 1].
+
+    Returns:
+        [N, H, W], 1 in view and 0 on the frame; all 1 where less than a quarter of the image is lit.
+    """
+    dark = (images.amax(1) <= FRAME_LEVEL).cpu().numpy()
+    border = np.ones(dark.shape[1:], bool)
+    border[1:-1, 1:-1] = False
+    seen = np.stack([~binary_propagation(border & d, mask=d) for d in dark]) if len(dark) else ~dark
+    seen |= (seen.mean((1, 2), keepdims=True) < LEAST_VIEW)
+    return torch.from_numpy(seen).to(images)
 
 
 @torch.no_grad()
