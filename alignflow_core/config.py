@@ -16,9 +16,10 @@ from alignflow_core.validation import at_least, between, build, nearest, one_of,
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}"
 
 # The downstream arms in the order of the tables: which training images a segmenter sees.
-SHARED_ARMS = ("source", "source+colour", "stage1")
-TARGET_ARMS = ("reinhard", "fourier", "aligned", "aligned+filtered", "references-labelled", "oracle")
-ARMS = ("source", "source+colour", "reinhard", "fourier", "stage1", "aligned", "aligned+filtered", "references-labelled", "oracle")
+SHARED_ARMS = ("source", "source+colour", "stage1", "stage1+colour")
+TARGET_ARMS = ("reinhard", "fourier", "aligned", "aligned+filtered", "aligned+filtered+colour", "references-labelled", "oracle")
+ARMS = ("source", "source+colour", "reinhard", "fourier", "stage1", "stage1+colour", "aligned", "aligned+filtered", "aligned+filtered+colour",
+        "references-labelled", "oracle")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 # After Okabe and Ito: told apart with any colour vision, and in print by their order and labels.
 ARM_COLOURS = {
     "source": "#6b7280", "source+colour": "#9aa1ac", "reinhard": "#cc79a7", "fourier": "#8f5fae", "stage1": "#d98e04",
-    "aligned": "#4aa3df", "aligned+filtered": "#00589c", "references-labelled": "#00906a", "oracle": "#1f2328",
+    "stage1+colour": "#e6b566", "aligned": "#4aa3df", "aligned+filtered": "#00589c", "aligned+filtered+colour": "#003a66",
+    "references-labelled": "#00906a", "oracle": "#1f2328",
 }
 SETS = {  # colour, marker, size, opacity
     "source": ("#9aa1ac", "o", 9, 0.7), "target test": ("#00906a", "o", 13, 0.75), "stage1": ("#d98e04", "^", 13, 0.75),

@@ -26,8 +26,10 @@ ARM_WORDS = {
     "reinhard": "… recoloured after the references (Reinhard)",
     "fourier": "… restyled after the references (Fourier)",
     "stage1": "Source + synthetic images of stage 1",
+    "stage1+colour": "… with strong colour augmentation",
     "aligned": "Source + synthetic images, aligned",
     "aligned+filtered": "Source + synthetic images, aligned and filtered",
+    "aligned+filtered+colour": "… with strong colour augmentation",
     "references-labelled": "Source + the references with their labels",
     "oracle": "Trained on the target's own labels (upper bound)",
 }

@@ -5,6 +5,7 @@
 | source | real source pairs |
 | source+colour | the same, strong colour augmentation |
 | stage1, aligned, aligned+filtered | real source pairs and synthetic pairs, ``synthetic_share`` of each batch |
+| stage1+colour, aligned+filtered+colour | the same, strong colour augmentation of all |
 | reinhard, fourier | real source pairs and the same recoloured after the references |
 | references-labelled | real source pairs and the references with their labels |
 | oracle | the target's own labelled training split |
@@ -31,7 +32,8 @@ def run_source(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any
     settings: Segment = config.segment
     source = read_pairs(inputs["data:source"], "train")
     diets = {"source": lambda: Diet(source), "source+colour": lambda: Diet(source, colour=settings.colour_strength),
-             "stage1": lambda: Diet(source, read_pairs(inputs["sample_stage1"]), settings.synthetic_share)}
+             "stage1": lambda: Diet(source, read_pairs(inputs["sample_stage1"]), settings.synthetic_share),
+             "stage1+colour": lambda: Diet(source, read_pairs(inputs["sample_stage1"]), settings.synthetic_share, settings.colour_strength)}
     chosen = [arm for arm in SHARED_ARMS if arm in settings.arms]
     return _fit_arms(config, {arm: diets[arm]() for arm in chosen}, {}, read_pairs(inputs["data:source"], "val"), out_dir, context)
 
@@ -56,6 +58,7 @@ def run_target(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any
 
     diets = {"reinhard": lambda: Diet(source, recoloured("reinhard"), share), "fourier": lambda: Diet(source, recoloured("fourier"), share),
              "aligned": lambda: Diet(source, aligned, share), "aligned+filtered": lambda: Diet(source, aligned.select(kept), share, weights=weights),
+             "aligned+filtered+colour": lambda: Diet(source, aligned.select(kept), share, settings.colour_strength, weights),
              "references-labelled": lambda: Diet(source, references, share), "oracle": lambda: Diet(read_pairs(inputs["data:target"], "train"))}
     # Without labels of its own a reference set has no labelled arm; the tables then lack that row.
     chosen = [arm for arm in TARGET_ARMS if arm in wanted and (arm != "references-labelled" or references.masks is not None)]
