@@ -32,6 +32,7 @@ nightly: setup
 	@$(BIN)/python -m pytest -n 2 -m nightly
 
 # Ratios against a peer measured in the same run; BENCH_ARGS="--json FILE" keeps them.
+# benchmarks/reward_per_second.py needs a finished run and is started by hand.
 bench: setup
 	@$(BIN)/python benchmarks/stage_two.py $(BENCH_ARGS)
 

@@ -79,7 +79,6 @@ class _Alignment:
         self.cond = condition(self.source.labels, self.task, self.flow.clip).to(self.device)
         self.reference_images = to_unit(self.references.images).to(self.device)
         self.seen = regions.view(self.images)
-        self.gain: Tensor | None = None
         self.aligning, self.held_out = _roles(self.references.table["role"])
         self.painter = self._painter()
         self.averaged = self._painter()
@@ -188,7 +187,7 @@ class _Alignment:
             if not n:
                 continue
             rows = torch.randint(len(self.images), (n,), generator=draw).to(self.device)
-            images = self.images[rows] if domain == velocity_unet.SOURCE else self._recoloured(rows, draw)
+            images = self.images[rows] if domain == velocity_unet.SOURCE else refocus(self._recoloured(rows, draw), self.gain, self.seen[rows])
             with autocast(self.config.machine, self.device):
                 loss = flow_matching_loss(velocity_unet.in_domain(self.painter, domain), images, self.cond[rows], self.flow.times, draw,
                                           self.flow.coupling, self.flow.condition_dropout) * (n / batch)
@@ -204,8 +203,7 @@ class _Alignment:
             own, known = own.new_ones(len(own), 1, *own.shape[2:]), seen[:, None]
             measured = own
         partner = torch.randint(len(references), (len(rows),), generator=draw).to(self.device)
-        painted = recolour(images, own * own_seen[:, None], measured * own_seen[:, None], references, known, seen, partner)
-        return painted if self.gain is None else refocus(painted, self.gain, own_seen)
+        return recolour(images, own * own_seen[:, None], measured * own_seen[:, None], references, known, seen, partner)
 
     def _spectral_gain(self) -> Tensor:
         """What takes recoloured source images to the references' sharpness and noise."""
@@ -270,7 +268,7 @@ class _Alignment:
         return torch.no_grad()(look)
 
     def _describe(self) -> tuple[Known, Known]:
-        """What is known of the aligning and of the held-out references."""
+        """What is known of the aligning and of the held-out references; sets what recolouring needs of them."""
         if self.settings.regions == "labels":
             membership = self._regions(torch.from_numpy(np.array(self.references.labels)).to(self.device))
         elif self.settings.regions == "pseudo":
@@ -278,11 +276,9 @@ class _Alignment:
         else:
             membership = self.reference_images.new_zeros(len(self.references), 0, *self.reference_images.shape[2:])
         seen = regions.view(self.reference_images)
-        membership = membership * seen[:, None]
         chosen = [torch.from_numpy(rows).to(self.device) for rows in (self.aligning, self.held_out)]
-        self.colours = self.reference_images[chosen[0]], membership[chosen[0]], seen[chosen[0]]
+        self.colours = self.reference_images[chosen[0]], (membership * seen[:, None])[chosen[0]], seen[chosen[0]]
         self.cores = self._core(self.images, self.labels)
-        self.gain = None
         self.gain = self._spectral_gain()
         aligning, held_out = (self.objective.describe(self.reference_images[rows], membership[rows]) for rows in chosen)
         return aligning, held_out
