@@ -88,8 +88,11 @@ def parser() -> argparse.ArgumentParser:
     add_json(sub)
 
     sub = add("materialize", materialize, "build what is stale, through Dagster and DVC")
-    sub.add_argument("selection", nargs="?", metavar="SELECTION", help="Dagster asset selection, such as key:report (default: all that is stale)")
-    sub.add_argument("--target", help="only the assets of this target")
+    what = sub.add_mutually_exclusive_group()
+    what.add_argument("--stale", action="store_true", help="all that is stale and nothing else (the default)")
+    what.add_argument("selection", nargs="?", metavar="SELECTION", help="Dagster asset selection, such as key:report")
+    sub.add_argument("--target", help="only this target, with what it needs")
+    sub.add_argument("--jobs", type=int, metavar="N", help="domains and targets built at once (default: the number of cores)")
     add_root(sub)
 
     sub = add("sync", sync, "tell Dagster what a terminal 'dvc repro' has built")
@@ -234,9 +237,9 @@ def plan(options: argparse.Namespace) -> int:
 
 def materialize(options: argparse.Namespace) -> int:
     """Build what is stale, or a selection."""
-    from pipelines.plan import materialize as build
+    from pipelines.build import materialize as build
 
-    print("\n".join(build(options.root, options.selection, options.target)) or "everything is up to date")
+    print("\n".join(build(options.root, options.selection, options.target, jobs=options.jobs)) or "everything is up to date")
     return 0
 
 

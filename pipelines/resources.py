@@ -14,6 +14,7 @@ from alignflow_core.errors import InputError, StageError
 from alignflow_core.runner import plan_stage, run_stage
 from alignflow_core.stages import STAGES, node_id
 
+RUNNING: set[subprocess.Popen[bytes]] = set()
 GRACE_SECONDS = 60.0  # for a training loop to save its state
 
 
@@ -59,13 +60,22 @@ def run_in_group(command: list[str], root: Path) -> None:
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # dvc.yaml says "python"
     process = subprocess.Popen(command, cwd=root, start_new_session=True, env=os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1"})
+    RUNNING.add(process)
     try:
         code = process.wait()
     except BaseException:
         stop_group(process)
         raise
+    finally:
+        RUNNING.discard(process)
     if code:
         raise StageError(f"'{' '.join(command[1:])}' ended with exit code {code}; its output says why")
+
+
+def stop_all() -> None:
+    """Stop every process group that threads of this process wait for: an interrupt reaches the main thread alone."""
+    for process in list(RUNNING):
+        stop_group(process)
 
 
 def stop_group(process: subprocess.Popen[bytes]) -> None:
