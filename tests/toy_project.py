@@ -118,13 +118,16 @@ Path("params.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(whole)), sor
 """
 
 
+def environment(root: Path) -> dict[str, str]:
+    """This Python's, with the toy project before the repository on its path."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(REPOSITORY)]), "DVC_NO_ANALYTICS": "1", "PYTHONWARNINGS": "ignore",
+                         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+                         "MLFLOW_DISABLE_TELEMETRY": "true", "DAGSTER_DISABLE_TELEMETRY": "1"}
+
+
 def run(root: Path, *arguments: str) -> str:
-    """Run this Python in the toy project, which comes before the repository on its path; returns what it printed."""
-    path = os.pathsep.join([str(root), str(REPOSITORY)])
-    binaries = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PYTHONPATH": path, "PATH": binaries, "DVC_NO_ANALYTICS": "1", "PYTHONWARNINGS": "ignore",
-                                "MLFLOW_DISABLE_TELEMETRY": "true", "DAGSTER_DISABLE_TELEMETRY": "1"}
-    done = subprocess.run([sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    """Run this Python in the toy project; returns what it printed."""
+    done = subprocess.run([sys.executable, *arguments], cwd=root, env=environment(root), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
