@@ -7,7 +7,8 @@ import dagster as dg
 from alignflow_core.config import load_project
 from alignflow_core.stages import STAGES
 from pipelines.assets import observed_assets, stage_asset
-from pipelines.automation import inputs_sensor, jobs
+from pipelines.automation import inputs_sensor, jobs, signature
+from pipelines.checks import freshness_checks, freshness_sensor
 from pipelines.resources import StageRunner, project_root
 
 
@@ -20,7 +21,7 @@ def build_definitions(root: Path, mode: str = "dvc") -> dg.Definitions:
     project = load_project(root / "params.yaml")
     return dg.Definitions(
         assets=[*(stage_asset(project, stage) for stage in STAGES.values()), *observed_assets(project, root)],
-        jobs=jobs(project), sensors=[inputs_sensor(root)],
+        asset_checks=freshness_checks(root), jobs=jobs(project), sensors=[inputs_sensor(root), freshness_sensor(root, signature)],
         resources={"runner": StageRunner(root=str(root), mode=mode)}, executor=dg.in_process_executor)
 
 
