@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,21 @@ def file_hash(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Relative name -> SHA-256 of every file of a folder, sorted by name."""
+    return {file.relative_to(folder).as_posix(): file_hash(file) for file in sorted(p for p in folder.rglob("*") if p.is_file())}
+
+
 def tree_hash(folder: Path) -> str:
     """SHA-256 over the sorted relative names and contents of a folder (or of one file)."""
-    if folder.is_file():
-        return file_hash(folder)
+    return file_hash(folder) if folder.is_file() else listing_hash(file_hashes(folder))
+
+
+def listing_hash(listing: Mapping[str, str]) -> str:
+    """The :func:`tree_hash` of a folder whose :func:`file_hashes` are known."""
     digest = hashlib.sha256()
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(f"{file.relative_to(folder).as_posix()}\0{file_hash(file)}\n".encode())
+    for name, content in listing.items():
+        digest.update(f"{name}\0{content}\n".encode())
     return digest.hexdigest()
 
 
@@ -73,19 +81,27 @@ def publish(part_dir: Path, out_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(file: Path, wait: bool = False) -> Iterator[None]:
+def exclusive(file: Path, wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold an advisory lock that dies with the process.
 
+    Args:
+        file: the lock; it holds the pid and host of the last process that had it.
+        wait: told who holds the lock before waiting for it; without it a held lock is an error.
+
     Raises:
-        InputError: another process holds it and ``wait`` is false; names its pid and host.
+        InputError: another process holds it and ``wait`` is not given; names its pid and host.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a+") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             stream.seek(0)
-            raise InputError(f"{file}: in use by {stream.read().strip() or 'another process'}; wait for it or stop it") from None
+            holder = f"in use by {stream.read().strip() or 'another process'}"
+            if wait is None:
+                raise InputError(f"{file}: {holder}; wait for it or stop it") from None
+            wait(holder)
+            fcntl.flock(stream, fcntl.LOCK_EX)
         stream.truncate(0)
         stream.write(f"pid {os.getpid()} on {socket.gethostname()}")
         stream.flush()

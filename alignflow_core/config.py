@@ -392,13 +392,19 @@ class Report:
 
 @dataclass(frozen=True)
 class Project:
-    """Everything in ``params.yaml``."""
+    """Everything in ``params.yaml``.
+
+    Attributes:
+        reward, encoder: in place of every target's own, variants apart; for experiments such as ``dvc exp run -S reward=mmd``.
+    """
 
     source: str
     domains: dict[str, Domain]
     targets: dict[str, Target]
     profile: str = "demo"
     seed: int = 0
+    reward: str | None = None
+    encoder: str | None = None
     machine: Machine = field(default_factory=Machine)
     task: Task = field(default_factory=Task)
     data: Data = field(default_factory=Data)
@@ -460,7 +466,19 @@ def read_params(file: Path) -> dict[str, Any]:
 def build_project(raw: dict[str, Any], origin: str = "params") -> Project:
     """Build a :class:`Project` from plain data; ``origin`` is named in errors."""
     problems: list[str] = []
-    value = build(Project, raw, "", problems)
+    value = build(Project, _experiment(raw), "", problems)
     if problems:
         raise InputError(*(f"{origin}: {problem}" for problem in problems))
     return typing.cast(Project, value)
+
+
+def _experiment(raw: dict[str, Any]) -> dict[str, Any]:
+    """Plain data with a project-wide ``reward`` or ``encoder`` put into every target that is no variant."""
+    chosen = {name: raw[name] for name in ("reward", "encoder") if raw.get(name) is not None}
+    if "encoder" in chosen:
+        chosen["encoder_weights"] = None
+    if not chosen or not isinstance(raw.get("targets"), dict):
+        return raw
+    targets = {name: target | {"align": target.get("align", {}) | chosen} if isinstance(target, dict) and target.get("variant_of") is None else target
+               for name, target in raw["targets"].items()}
+    return raw | {"targets": targets}

@@ -9,22 +9,25 @@ Layout under a project root::
     .alignflow/locks/                locks that die with their process
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import importlib
 import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
 
-from alignflow_core.artifact import exclusive, file_hash, json_hash, publish, read_json, tree_hash, write_json
+from alignflow_core.artifact import exclusive, file_hash, file_hashes, json_hash, listing_hash, publish, read_json, tree_hash, write_json
 from alignflow_core.config import Project, load_project
 from alignflow_core.errors import InputError
 from alignflow_core.stages import PACKAGE_DIR, STAGES, Stage, artifact_dir, node_id, source_files
@@ -32,6 +35,8 @@ from alignflow_core.stages import PACKAGE_DIR, STAGES, Stage, artifact_dir, node
 # Threads that wait for each other must sleep, not spin: on a machine with other work spinning made a step twenty times slower.
 # OpenMP reads this when torch is first imported, which stages do later.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+ACCELERATORS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))  # NVIDIA's and AMD's drivers
 
 RECORDED_PACKAGES = ("torch", "monai", "numpy", "scipy", "pillow", "pandas", "pyarrow", "safetensors")
 
@@ -57,13 +62,18 @@ class Context:
 
 @dataclass(frozen=True)
 class Plan:
-    """Fingerprint of a stage as the project stands, and what went into it."""
+    """Fingerprint of a stage as the project stands, and what went into it.
+
+    ``raw_files`` and ``code_files`` are the same as ``raw`` and ``code`` file by file: they say later what has changed, and decide nothing.
+    """
 
     fingerprint: str
     params: dict[str, Any]
     inputs: dict[str, str]
     raw: dict[str, str]
+    raw_files: dict[str, dict[str, str]]
     code: str
+    code_files: dict[str, str]
 
 
 def provenance_file(root: Path, stage: str, key: str | None) -> Path:
@@ -115,9 +125,19 @@ def chosen_files(project: Project, stage: Stage, key: str | None) -> dict[str, s
             for (dotted, registry), value in zip(stage.chosen.items(), values.values(), strict=True)}
 
 
+def code_files(stage_name: str, chosen: Iterable[str] = ()) -> dict[str, str]:
+    """Hashes of the source files that decide a stage's result: the stage's own and those of what it chooses by name."""
+    return {name: file_hash(PACKAGE_DIR / name) for name in sorted({*source_files(stage_name), *chosen})}
+
+
 def code_hash(stage_name: str, chosen: Iterable[str] = ()) -> str:
-    """Hash of the source files that decide a stage's result: the stage's own and those of what it chooses by name."""
-    return json_hash({name: file_hash(PACKAGE_DIR / name) for name in sorted({*source_files(stage_name), *chosen})})
+    """One hash of all :func:`code_files`."""
+    return json_hash(code_files(stage_name, chosen))
+
+
+def opaque(listing: Mapping[str, str]) -> dict[str, str]:
+    """:func:`file_hashes` with hashed file names (they can be names of patients) below their open folder, and both hashes shortened."""
+    return {f"{PurePosixPath(name).parent}/{hashlib.sha256(name.encode()).hexdigest()[:12]}": content[:16] for name, content in listing.items()}
 
 
 def plan_stage(project: Project, root: Path, stage: Stage, key: str | None) -> Plan:
@@ -132,14 +152,16 @@ def plan_stage(project: Project, root: Path, stage: Stage, key: str | None) -> P
         if not file.exists():
             raise InputError(f"{file.with_suffix('')}: not built yet; run stage {node_id(upstream, upstream_key)} first")
         inputs[name] = read_json(file)["content"]
-    raw = {}
+    raw, raw_files = {}, {}
     for dotted, folder in raw_dirs(project, stage, key, root).items():
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder ({dotted}); create it or correct the path")
-        raw[dotted] = tree_hash(folder)
+        listing = file_hashes(folder)
+        raw[dotted], raw_files[dotted] = listing_hash(listing), opaque(listing)
     params = stage_params(project, stage, key)
-    code = code_hash(stage.name, chosen_files(project, stage, key).values())
-    return Plan(json_hash([stage.name, key, params, inputs, raw, code]), params, inputs, raw, code)
+    files = code_files(stage.name, chosen_files(project, stage, key).values())
+    code = json_hash(files)
+    return Plan(json_hash([stage.name, key, params, inputs, raw, code]), params, inputs, raw, raw_files, code, files)
 
 
 def is_current(root: Path, stage: str, key: str | None, plan: Plan) -> bool:
@@ -180,10 +202,10 @@ def run_stage(root: Path, name: str, key: str | None = None, *, force: bool = Fa
         part_dir = (root / artifact_dir(name, key)).with_name(f".{node}.part")
         shutil.rmtree(part_dir, ignore_errors=True)
         part_dir.mkdir(parents=True)
-        started = time.time()
         spool = work_dir / "curves.jsonl"
         try:
-            with spool.open("a", encoding="utf-8") as stream:
+            with accelerator(stage, project, node, quiet), spool.open("a", encoding="utf-8") as stream:
+                started = time.time()
                 context = Context(key, root, work_dir, _logger(stream), _progress(node, quiet))
                 module, _, function = stage.function.partition(":")
                 run = getattr(importlib.import_module(f"alignflow_core.{module}"), function)
@@ -198,12 +220,28 @@ def run_stage(root: Path, name: str, key: str | None = None, *, force: bool = Fa
         publish(part_dir, root / artifact_dir(name, key))
         write_json(provenance_file(root, name, key), {
             "stage": name, "key": key, "fingerprint": plan.fingerprint, "content": content, "params": plan.params,
-            "inputs": plan.inputs, "raw": plan.raw, "code": plan.code, "seed": project.seed, "profile": project.profile,
+            "inputs": plan.inputs, "raw": plan.raw, "raw_files": plan.raw_files, "code": plan.code,
+            "code_files": plan.code_files, "seed": project.seed, "profile": project.profile,
             "versions": {p: version(p) for p in RECORDED_PACKAGES} | {"python": sys.version.split()[0]},
             "seconds": round(time.time() - started, 1),
         })
         shutil.rmtree(work_dir)
         return True
+
+
+@contextlib.contextmanager
+def accelerator(stage: Stage, project: Project, node: str, quiet: bool) -> Iterator[None]:
+    """Hold this machine's accelerator while a stage that wants it computes: one at a time, whoever started it (Dagster, DVC, a terminal).
+
+    Waits for its turn. Where there is none, or ``machine.device`` is ``cpu``, nothing is held. ``ALIGNFLOW_GPU_LOCK`` names another lock
+    file, for instance one for each card.
+    """
+    if not stage.gpu or project.machine.device == "cpu" or not any(map(Path.exists, ACCELERATORS)):
+        yield
+        return
+    file = Path(os.environ.get("ALIGNFLOW_GPU_LOCK") or Path.home() / ".cache" / "alignflow" / f"gpu-{socket.gethostname()}.lock")
+    with exclusive(file, wait=lambda holder: None if quiet else print(f"{node}: waiting for the accelerator, {holder}", file=sys.stderr, flush=True)):
+        yield
 
 
 def stop_on_sigterm() -> None:

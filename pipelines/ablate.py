@@ -15,7 +15,7 @@ import yaml
 from alignflow_core.config import build_project, read_params
 from alignflow_core.errors import InputError
 from alignflow_core.validation import nearest
-from pipelines.compose import CONF_DIR, GROUPS, as_plain, merged, options, render, write_text
+from pipelines.compose import CONF_DIR, GROUPS, as_plain, merged, options, rewrite_params
 
 TARGET_GROUPS = ("reward", "encoder")
 # A variant needs no rivals of its own: those of its base see the same images.
@@ -56,8 +56,7 @@ def write_variants(root: Path, bases: Sequence[str], axes: Sequence[str], grid: 
                  for name in wanted if name in targets and targets[name] != project["targets"][name]]
     if differing:
         raise InputError(*differing)
-    origin = file.read_text(encoding="utf-8").partition("\n")[0]
-    write_text(file, f"{origin}\n" + render(project).partition("\n")[2])
+    rewrite_params(file, params | {"targets": targets | wanted}, "ablate")
     return [name for name in wanted if name not in targets]
 
 

@@ -1,6 +1,6 @@
-"""Jobs that build a project part by part, and the sensor that notices changed inputs. Nothing here starts a build by itself."""
+"""Jobs that build a project part by part; sensors that notice changed inputs and, once switched on, build what is stale."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +9,25 @@ import dagster as dg
 from alignflow_core.artifact import json_hash
 from alignflow_core.config import Project, load_project
 from alignflow_core.runner import raw_dirs
-from alignflow_core.stages import STAGES
+from alignflow_core.stages import STAGES, node_id
 from pipelines.assets import input_versions, partitions
+from pipelines.plan import causes, job_of, lanes, stale_nodes, upstream_lanes
 
 DATA_VERSION_TAG = "dagster/data_version"
+UNFINISHED = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED]
 
 
 def jobs(project: Project) -> list[Any]:
     """In the order of a first build: every domain, what is shared, every target, the results."""
-    results = [s.asset for s in STAGES.values() if any(spec.endswith(":all") for spec in s.inputs)]
-    shared = [s.asset for s in STAGES.values() if s.scope == "project" and s.asset not in results]
-    domains, targets = ([s.asset for s in STAGES.values() if s.scope == scope] for scope in ("domain", "target"))
-    parts = [
-        ("build_domain", "domain", domains, "First: splits of the source and of every target domain."),
-        ("build_shared", "project", shared, "Second: stage 1, masks and segmenters that all targets share."),
-        ("build_target", "target", targets, "Third, for every target: alignment, synthesis, filtering, segmenters and its measurements."),
-        ("build_results", "project", results, "Last: comparison and report over all targets."),
-    ]
-    return [dg.define_asset_job(name, dg.AssetSelection.assets(*names), description=text, partitions_def=partitions(project, scope))
-            for name, scope, names, text in parts]
+    texts = {
+        "build_domain": "First: splits of the source and of every target domain.",
+        "build_shared": "Second: stage 1, masks and segmenters that all targets share.",
+        "build_target": "Third, for every target: alignment, synthesis, filtering, segmenters and its measurements.",
+        "build_results": "Last: comparison and report over all targets.",
+    }
+    stages = {name: [stage for stage in STAGES.values() if job_of(stage) == name] for name in texts}
+    return [dg.define_asset_job(name, dg.AssetSelection.assets(*(stage.asset for stage in stages[name])), description=text,
+                                partitions_def=partitions(project, stages[name][0].scope)) for name, text in texts.items()]
 
 
 def new_observations(root: Path, instance: dg.DagsterInstance) -> Iterator[dg.AssetObservation]:
@@ -64,3 +64,34 @@ def inputs_sensor(root: Path) -> dg.SensorDefinition:
         return dg.SensorResult(asset_events=list(new_observations(root, context.instance)), cursor=now)
 
     return changed_inputs
+
+
+def stale_sensor(root: Path, lane_jobs: Sequence[Any]) -> dg.SensorDefinition:
+    """Builds what is stale, for those who switch it on: GPU hours must not burn by surprise."""
+    @dg.sensor(name="build_stale", minimum_interval_seconds=30, default_status=dg.DefaultSensorStatus.STOPPED,
+               jobs=lane_jobs,
+               description="Builds what 'alignflow plan' calls stale: one run a domain, a target, and for what they share. Off until switched on.")
+    def build_stale(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        busy = context.instance.get_runs(dg.RunsFilter(statuses=UNFINISHED), limit=1)
+        if busy:
+            return dg.SkipReason(f"run {busy[0].run_id[:8]} is not finished")
+        requests = list(run_requests(root))
+        return dg.SensorResult(run_requests=requests) if requests else dg.SkipReason("nothing is stale, or what is has failed as it stands")
+
+    return build_stale
+
+
+def run_requests(root: Path) -> Iterator[dg.RunRequest]:
+    """A run for every stale lane that reads from no other stale one; the next look finds the lanes after it.
+
+    The key of a run is the cause: what failed is tried again only after something has changed.
+    """
+    project = load_project(root / "params.yaml")
+    stale = stale_nodes(project, root, project.graph.nodes())
+    waiting = lanes(stale)
+    for lane, nodes in waiting.items():
+        if not upstream_lanes(project, lane, nodes) & waiting.keys():
+            why = [(node_id(stage.name, key), list(causes(project, root, stage, key))) for stage, key in nodes]
+            state = json_hash([why, {node: version for (_, node), version in input_versions(root).items()}])
+            yield dg.RunRequest(run_key=f"{lane}-{state[:16]}", job_name=lane.job, partition_key=lane.key,
+                                asset_selection=[dg.AssetKey(stage.asset) for stage, _ in nodes])

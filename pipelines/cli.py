@@ -68,6 +68,27 @@ def parser() -> argparse.ArgumentParser:
     add_overrides(sub)
     add_quiet(sub)
 
+    sub = add("init", init, "a project of one's own: params.yaml, folders for the images, DVC and Dagster set up")
+    sub.add_argument("--root", type=Path, default=Path("."), metavar="DIR", help="folder of the project (default: here)")
+    sub.add_argument("--source", required=True, metavar="NAME", help="name of the source domain")
+    sub.add_argument("--target", action="append", required=True, metavar="NAME", help="name of a target domain; may be given several times")
+    sub.add_argument("--references", type=int, metavar="N", help="draw N references from each target domain (default: a folder of its own for each)")
+    sub.add_argument("--task", required=True, help="how masks are read: binary, refuge or labels")
+    add_overrides(sub)
+
+    sub = add("target", target, "add a target to the project, take one out, list them")
+    actions = sub.add_subparsers(dest="action", required=True, metavar="ACTION")
+    one = actions.add_parser("add", help="add a target; nothing of the others becomes stale")
+    one.add_argument("name", metavar="NAME")
+    one.add_argument("--references", required=True, metavar="DIR|N", help="folder of reference images, or how many to draw from the target's domain")
+    one.add_argument("--like", metavar="TARGET", help="take its way of aligning, its arms and (without --domain) its domain")
+    one.add_argument("--domain", type=Path, metavar="DIR", help="labelled images to measure on (default: data/target/NAME if there, else --like's)")
+    add_root(one)
+    one = actions.add_parser("remove", help="take a target and its variants out; built artifacts stay on disk")
+    one.add_argument("name", metavar="NAME")
+    add_root(one)
+    add_root(actions.add_parser("list", help="the targets, one a line"))
+
     sub = add("compose", compose, "write params.yaml from pipelines/conf and the options")
     sub.add_argument("--check", action="store_true", help="write nothing; exit code 3 if params.yaml differs")
     add_overrides(sub)
@@ -88,8 +109,11 @@ def parser() -> argparse.ArgumentParser:
     add_json(sub)
 
     sub = add("materialize", materialize, "build what is stale, through Dagster and DVC")
-    sub.add_argument("selection", nargs="?", metavar="SELECTION", help="Dagster asset selection, such as key:report (default: all that is stale)")
-    sub.add_argument("--target", help="only the assets of this target")
+    what = sub.add_mutually_exclusive_group()
+    what.add_argument("--stale", action="store_true", help="all that is stale and nothing else (the default)")
+    what.add_argument("selection", nargs="?", metavar="SELECTION", help="Dagster asset selection, such as key:report")
+    sub.add_argument("--target", help="only this target, with what it needs")
+    sub.add_argument("--jobs", type=int, metavar="N", help="domains and targets built at once (default: the number of cores)")
     add_root(sub)
 
     sub = add("sync", sync, "tell Dagster what a terminal 'dvc repro' has built")
@@ -163,6 +187,29 @@ def _named_folder(text: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
+def init(options: argparse.Namespace) -> int:
+    """A new project."""
+    from pipelines.scaffold import init as write
+
+    steps = write(options.root, options.source, options.target, options.references, options.task, options.overrides)
+    print("\n".join(f"{number}. {step}" for number, step in enumerate(steps, 1)))
+    return 0
+
+
+def target(options: argparse.Namespace) -> int:
+    """Targets of a project."""
+    from pipelines import targets
+
+    if options.action == "add":
+        targets.add(options.root, options.name, options.references, options.like, options.domain)
+        print(f"target {options.name} added; 'alignflow materialize' builds it")
+    elif options.action == "remove":
+        print("\n".join(f"target {name} taken out" for name in targets.remove(options.root, options.name)))
+    else:
+        print(targets.listing(options.root))
+    return 0
+
+
 def compose(options: argparse.Namespace) -> int:
     """conf -> params.yaml."""
     from alignflow_core.config import read_params
@@ -234,9 +281,9 @@ def plan(options: argparse.Namespace) -> int:
 
 def materialize(options: argparse.Namespace) -> int:
     """Build what is stale, or a selection."""
-    from pipelines.plan import materialize as build
+    from pipelines.build import materialize as build
 
-    print("\n".join(build(options.root, options.selection, options.target)) or "everything is up to date")
+    print("\n".join(build(options.root, options.selection, options.target, jobs=options.jobs)) or "everything is up to date")
     return 0
 
 

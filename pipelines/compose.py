@@ -67,6 +67,17 @@ def write_params(file: Path, overrides: Sequence[str] = (), layout: dict[str, An
     return params
 
 
+def rewrite_params(file: Path, params: dict[str, Any], origin: str) -> None:
+    """Validate changed params and write them in place of the old, keeping the line that says what these were composed from.
+
+    Raises:
+        InputError: they are wrong, ``origin`` being named; nothing is written then.
+    """
+    first = file.read_text(encoding="utf-8").partition("\n")[0]
+    text = render(as_plain(build_project(params, origin))).partition("\n")[2]
+    write_text(file, f"{first}\n{text}" if first.startswith("#") else text)
+
+
 def write_text(file: Path, text: str) -> None:
     """Write by rename, so that a reader never sees half a file."""
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,9 @@ from pipelines import guardian
 
 KILLED = (128 + signal.SIGKILL, 128 + signal.SIGTERM)  # by the kernel for want of memory, by a scheduler that wants the machine back
 SIGNS = ("OutOfMemoryError", "MemoryError", "out of memory", "in use by pid", "is being blocked by", "Unable to acquire lock")
+RUNNING: set[subprocess.Popen[bytes]] = set()
+STOPPING = threading.Event()  # nothing new may start in any thread
+GRACE_SECONDS = guardian.STOP_SECONDS  # for a training loop to save its state, and for what ignores that to be killed
 TAIL = 20_000  # bytes of a command's output that its failure is read from
 
 
@@ -80,18 +83,25 @@ def run_guarded(command: list[str], root: Path) -> None:
     heard, theirs = os.openpty() if os.isatty(2) else os.pipe()  # a person who watches gets more progress than a log
     with subprocess.Popen([sys.executable, "-P", guardian.__file__, *command], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                           stderr=theirs, start_new_session=True, env=os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1"}) as process:
+        RUNNING.add(process)
         os.close(theirs)
         said = bytearray()
         listener = threading.Thread(target=pass_on, args=(heard, said), daemon=True)
         listener.start()
         try:
+            if STOPPING.is_set():  # since before it was among those that run
+                stop(process)
             code = process.wait()
         except BaseException:
             stop(process)
             raise
+        finally:
+            RUNNING.discard(process)
         if code < 0:  # the guardian itself was killed
             kill_group(process)
         listener.join(2.0)  # not for ever: something that goes on in the background may hold the other end
+    if STOPPING.is_set() and code:
+        raise StageError(f"'{' '.join(command[1:])}' was stopped; run it again, and it continues from its last saved state")
     if code:
         raise failure(command, code, said.decode(errors="replace"))
 
@@ -142,6 +152,20 @@ def failure(command: list[str], code: int, said: str) -> InputError | StageError
 def curable(said: str) -> bool:
     """Whether these words tell of something that may be over by the next try: memory or a lock that others hold."""
     return any(sign in said for sign in SIGNS)
+
+
+def stop_all() -> None:
+    """Stop everything that threads of this process wait for, all at once, and start nothing new: an interrupt reaches the main thread alone.
+
+    Whoever starts threads again clears :data:`STOPPING` first.
+    """
+    STOPPING.set()
+    running = list(RUNNING)
+    for process in running:
+        if process.stdin:
+            process.stdin.close()
+    for process in running:
+        stop(process)
 
 
 def stop_group(process: subprocess.Popen[bytes]) -> None:

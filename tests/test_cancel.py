@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -151,3 +152,23 @@ def test_what_an_exit_means(tmp_path: Path, code: str, kind: type[Exception], sa
 def test_what_a_command_says_is_passed_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     resources.run_guarded(python("print('step 7', file=sys.stderr)"), tmp_path)
     assert capfd.readouterr().err == "step 7\n"
+
+
+def test_all_threads_are_stopped_at_once_and_start_nothing_new(tmp_path: Path) -> None:
+    def sleep(number: int) -> str:
+        with pytest.raises(StageError) as caught:
+            resources.run_guarded(python(f"import time; open('{number}', 'w').close(); time.sleep(60)"), tmp_path)
+        return str(caught.value)
+
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(sleep, number) for number in range(2)]
+        until = time.monotonic() + 30
+        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        try:
+            resources.stop_all()
+            assert all("was stopped" in future.result(1) for future in running)
+            assert "was stopped" in pool.submit(sleep, 2).result(LIMIT), "a failure of its own would be tried again"
+        finally:
+            resources.STOPPING.clear()
+    assert not resources.RUNNING

@@ -12,7 +12,7 @@ import yaml
 from alignflow_core.artifact import write_json
 from alignflow_core.config import load_project
 from alignflow_core.errors import InputError, StageError
-from pipelines import assets, checks, plan
+from pipelines import assets, build, checks
 from pipelines.checks import CHECKS, Check
 from pipelines.resources import StageRunner, TransientStageError
 
@@ -200,8 +200,8 @@ class Runner(StageRunner):
 
 
 @pytest.mark.parametrize(("mode", "tries", "kind", "message"), [
-    ("killed", 2, StageError, "x: was killed"), ("refused", 1, StageError, "x: all refused; loosen it"),
-    ("bad", 1, InputError, "x: a.png: broken; replace it\nx: b.png: empty; remove it"), ("bug", 1, StageError, "x: ValueError: 7"),
+    ("killed", 2, StageError, "failing: was killed"), ("refused", 1, StageError, "failing: all refused; loosen it"),
+    ("bad", 1, InputError, "failing: a.png: broken; replace it\nfailing: b.png: empty; remove it"), ("bug", 1, StageError, "failing: ValueError: 7"),
 ])
 def test_what_is_tried_again_and_how_it_comes_out(root: Path, monkeypatch: pytest.MonkeyPatch, mode: str, tries: int, kind: type[Exception],
                                                   message: str) -> None:
@@ -214,7 +214,7 @@ def test_what_is_tried_again_and_how_it_comes_out(root: Path, monkeypatch: pytes
 
     result = dg.materialize([failing], raise_on_error=False)
     assert len((root / "tries.txt").read_text()) == tries
-    error = plan.failure(result, "x")
+    error = build.failure(result, [])
     assert type(error) is kind and str(error).strip() == message
     said = next(event.step_failure_data.user_failure_data for event in result.get_step_failure_events())
     if mode == "bad":

@@ -10,11 +10,12 @@ from toy_project import calls, copied, rebuilt, replace_reference, run
 
 from alignflow_core.artifact import write_json
 from alignflow_core.errors import InputError, StageError
-from pipelines import checks, plan
+from alignflow_core.stages import STAGES
+from pipelines import build, checks
 
 PLAN = "from pathlib import Path; from pipelines.plan import plan; print(*(f'{node}: {cause}' for node, cause in plan(Path('.'))), sep='\\n')"
-MATERIALIZE = "from pathlib import Path; from pipelines.plan import materialize; print(*materialize(Path('.'), mode='inline'))"
-SELECTION = "from pathlib import Path; from pipelines.plan import materialize; print(*materialize(Path('.'), 'key:reference_set', 'dim'))"
+MATERIALIZE = "from pathlib import Path; from pipelines.build import materialize; print(*materialize(Path('.'), mode='inline'))"
+SELECTION = "from pathlib import Path; from pipelines.build import materialize; print(*materialize(Path('.'), 'key:reference_set', 'dim'))"
 SYNC = "from pathlib import Path; from pipelines.sync import sync; print(*sync(Path('.')))"
 
 # what the web page asks for: status of every (asset, partition), after looking at the inputs
@@ -60,7 +61,7 @@ def test_a_replaced_reference_in_dagster(synced: Path, tmp_path: Path) -> None:
     replace_reference(root, "amber")
     assert run(root, "-c", STALE).split() == ["references@amber:STALE"]
     lines = run(root, "-c", PLAN).splitlines()
-    assert lines[0] == "references@amber: raw folder data/references/amber changed"
+    assert lines[0] == "references@amber: 1 reference image replaced"
     assert lines[1] == "align@amber: upstream stale: references@amber"
     assert Counter(line.partition(":")[0] for line in lines) == rebuilt("amber")
     assert Counter(run(root, "-c", MATERIALIZE).split()) == rebuilt("amber")
@@ -86,26 +87,29 @@ def test_touched_artifacts_and_changed_code_are_noticed(built_toy: Path, tmp_pat
     with (root / "alignflow_core" / "report.py").open("a") as stream:
         stream.write("# another line\n")
     lines = run(root, "-c", PLAN).splitlines()
-    assert lines[0] == "align@dim: files of the artifact changed"
-    assert lines[-1] == "report: code changed"
+    assert lines[0] == "align@dim: files of the artifact were altered"
+    assert lines[-1] == "report: code changed: report.py"
 
 
 def ended_by(error: BaseException) -> dg.ExecuteInProcessResult:
     """A run in which a step raised this."""
-    @dg.asset
+    @dg.asset(name=STAGES["data"].asset)
     def failing() -> None:
         raise error
 
     return dg.materialize([failing], raise_on_error=False)
 
 
+FAILING = [(STAGES["data"], "dim")]
+
+
 def test_errors_come_out_of_dagster_as_they_went_in() -> None:
-    bad = plan.failure(ended_by(InputError("a.png: broken; replace it", "b.png: empty; remove it")), "data@dim")
+    bad = build.failure(ended_by(InputError("a.png: broken; replace it", "b.png: empty; remove it")), FAILING)
     assert isinstance(bad, InputError)
     assert bad.problems == ("data@dim: a.png: broken; replace it", "data@dim: b.png: empty; remove it")
-    assert str(plan.failure(ended_by(StageError("all refused")), "filter@dim")) == "filter@dim: all refused"
-    assert "ValueError: 7" in str(plan.failure(ended_by(ValueError(7)), "align@dim"))
-    assert isinstance(plan.failure(ended_by(dg.DagsterExecutionInterruptedError()), "align@dim"), KeyboardInterrupt)
+    assert str(build.failure(ended_by(StageError("all refused")), FAILING)) == "data@dim: all refused"
+    assert "ValueError: 7" in str(build.failure(ended_by(ValueError(7)), FAILING))
+    assert isinstance(build.failure(ended_by(dg.DagsterExecutionInterruptedError()), FAILING), KeyboardInterrupt)
 
 
 def manifests(root: Path, references: dict[str, list[str]]) -> None:

@@ -11,7 +11,7 @@ from toy_project import REPOSITORY
 
 from alignflow_core.config import Project, build_project
 from alignflow_core.stages import PACKAGE_DIR, STAGES, artifact_dir, node_id, source_files
-from pipelines import dvcfile, plan
+from pipelines import build, dvcfile
 from pipelines.definitions import build_definitions
 
 # a source, two domains, three targets: two of one domain, one with references drawn from the domain
@@ -91,7 +91,7 @@ def test_dagster_has_the_graph_of_the_registry(project: Project, definitions: dg
 
 
 def test_a_stage_depends_on_its_own_target_only(dvc_stages: dict[str, dict[str, set[str]]]) -> None:
-    assert dvc_stages["align@amber-skl"]["params"] == {"seed", "machine", "task", "image_flow", "targets.amber-skl.align"}
+    assert dvc_stages["align@amber-skl"]["params"] == {"seed", "reward", "encoder", "machine", "task", "image_flow", "targets.amber-skl.align"}
     assert dvc_stages["align@amber-skl"]["cmd"] == {"python -m alignflow_core stage align --target amber-skl"}
     assert dvc_stages["data@dim"]["cmd"] == {"python -m alignflow_core stage data --domain dim"}
     assert {f"alignflow_core/{name}" for name in source_files("align")} <= dvc_stages["align@amber"]["deps"]
@@ -128,14 +128,14 @@ def test_selections_by_text(definitions: dg.Definitions) -> None:
     """Fails with an antlr runtime that does not fit Dagster's parser, as hydra-core 1.3 pins it."""
     downstream = dg.AssetSelection.from_string('key:"metrics"+').resolve(definitions.resolve_asset_graph())
     assert {key.to_user_string() for key in downstream} == {"metrics", "comparison", "report"}
-    assert plan.selected_stages(definitions, "key:report") == {"report"}
+    assert build.selected_stages(definitions, "key:report") == {"report"}
 
 
 def test_one_target_with_all_it_needs(project: Project) -> None:
-    nodes = [node_id(stage.name, key) for stage, key in plan.chosen(project, None, "dim-k4")]
+    nodes = [node_id(stage.name, key) for stage, key in build.chosen(project, None, "dim-k4")]
     assert "align@dim-k4" in nodes and "data@standard" in nodes and "segment_source" in nodes
     assert not {"align@amber", "data@amber", "report"} & set(nodes)
-    assert [node_id(s.name, k) for s, k in plan.chosen(project, {"align", "report"}, "amber")] == ["align@amber"]
+    assert [node_id(s.name, k) for s, k in build.chosen(project, {"align", "report"}, "amber")] == ["align@amber"]
 
 
 def test_dagster_loads_the_repository() -> None:

@@ -175,7 +175,7 @@ SEEN = """
 import json
 from pathlib import Path
 import dagster as dg
-from pipelines.plan import materialize
+from pipelines.build import materialize
 from pipelines.resources import dagster_home
 
 root = Path(".").resolve()

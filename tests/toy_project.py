@@ -86,8 +86,8 @@ def raw_folders(config):
 '''
 
 
-def write_project(root: Path) -> Path:
-    """A toy project with two targets in ``root``, without DVC."""
+def write_project(root: Path, targets: tuple[str, ...] = TARGETS) -> Path:
+    """A toy project with these targets in ``root``, without DVC."""
     core = root / "alignflow_core"
     (core / "reward").mkdir(parents=True)
     for module in PLUMBING:
@@ -95,15 +95,27 @@ def write_project(root: Path) -> Path:
     for module in MODULES:
         (core / f"{module}.py").write_text(STAGE)
     (core / "toy.py").write_text(TOY)
-    folders = {"standard": "data/source/standard"} | {name: f"data/target/{name}" for name in TARGETS}
-    for folder in [*folders.values(), *(f"data/references/{name}" for name in TARGETS)]:
+    folders = {"standard": "data/source/standard"} | {name: f"data/target/{name}" for name in targets}
+    for folder in [*folders.values(), *(f"data/references/{name}" for name in targets)]:
         (root / folder / "images").mkdir(parents=True)
         for number in range(2):
             (root / folder / "images" / f"{number}.png").write_text(f"{folder} {number}")
     run(root, "-c", WRITE_PARAMS, yaml.safe_dump({
         "source": "standard", "profile": "smoke", "task": {"name": "toy"}, "domains": {name: {"dir": folder} for name, folder in folders.items()},
-        "targets": {name: {"domain": name, "references": {"count": 2, "dir": f"data/references/{name}"}} for name in TARGETS},
+        "targets": {name: {"domain": name, "references": {"count": 2, "dir": f"data/references/{name}"}} for name in targets},
     }))
+    return root
+
+
+def built_by_dvc(root: Path) -> Path:
+    """A written project, from a clean checkout on: git, DVC, ``dvc repro``."""
+    (root / ".gitignore").write_text("/data/\n/artifacts/\n/.alignflow/\n/mlflow.db\n/mlruns/\n/calls.txt\n__pycache__/\n")
+    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
+        subprocess.run(command, cwd=root, check=True)
+    shutil.copyfile(REPOSITORY / ".dvc" / "config", root / ".dvc" / "config")
+    run(root, "-m", "pipelines.dvcfile")
+    run(root, "-m", "dvc", "add", "-q", "--no-commit", "data")  # hash only, as a clean checkout has it: nothing is in the cache
+    run(root, "-m", "dvc", "repro", "-q")
     return root
 
 
@@ -164,14 +176,7 @@ def built_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A toy project that ``dvc repro`` has built from a clean checkout. Copy it before changing it (:func:`copied`)."""
     from pipelines import tracking
 
-    root = write_project(tmp_path_factory.mktemp("toy") / "project")
-    (root / ".gitignore").write_text("/data/\n/artifacts/\n/.alignflow/\n/mlflow.db\n/mlruns/\n/calls.txt\n__pycache__/\n")
-    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
-        subprocess.run(command, cwd=root, check=True)
-    shutil.copyfile(REPOSITORY / ".dvc" / "config", root / ".dvc" / "config")
-    run(root, "-m", "pipelines.dvcfile")
-    run(root, "-m", "dvc", "add", "-q", "--no-commit", "data")  # hash only, as a clean checkout has it: nothing is in the cache
-    run(root, "-m", "dvc", "repro", "-q")
+    root = built_by_dvc(write_project(tmp_path_factory.mktemp("toy") / "project"))
     tracking.client(root).search_experiments()  # creating the database takes seconds, copying it does not
     return root
 

@@ -1,0 +1,191 @@
+"""Build what is stale, and only that, through Dagster: one run a lane, lanes that do not need each other side by side."""
+
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignflow_core.artifact import read_json
+from alignflow_core.config import Project, load_project
+from alignflow_core.errors import InputError, StageError
+from alignflow_core.runner import plan_stage, provenance_file
+from alignflow_core.stages import STAGES, node_id
+from pipelines.plan import Lane, Node, lanes, stale_nodes, upstream_lanes
+
+if TYPE_CHECKING:
+    import dagster as dg
+
+QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}  # Dagster's own record keeps every line
+
+
+def materialize(root: Path, selection: str | None = None, target: str | None = None, mode: str = "dvc", jobs: int | None = None) -> list[str]:
+    """Build through Dagster, so that it appears there; returns the nodes whose artifact was built anew, lane by lane.
+
+    Args:
+        root: project root.
+        selection: Dagster asset selection such as ``key:"synthetic_images"+``; all of it is materialised (what is up to
+            date costs a second). Without it, only what is stale; a lane is looked at after the lanes that it reads from were built,
+            so that nothing follows a rebuilt artifact that came out identical.
+        target: only this target; without a selection with everything it needs.
+        mode: ``dvc`` or ``inline``, see :class:`pipelines.resources.StageRunner`.
+        jobs: lanes built at once; the number of cores if not given, one with ``inline``. Stages that want an accelerator still take turns.
+
+    Raises:
+        InputError: unknown target, empty or wrong selection, bad input of a stage.
+        StageError: a stage that failed; lanes that do not need it have been built all the same.
+    """
+    import dagster as dg
+
+    from pipelines.automation import observe
+    from pipelines.definitions import build_definitions
+    from pipelines.resources import dagster_home
+
+    root = root.resolve()
+    project = load_project(root / "params.yaml")
+    if target is not None and target not in project.targets:
+        raise InputError(f"target '{target}': not one of {', '.join(project.targets)}")
+    definitions = build_definitions(root, mode)
+    nodes = list(chosen(project, None if selection is None else selected_stages(definitions, selection), target))
+    dagster_home(root)
+    with dg.DagsterInstance.get() as instance:
+        observe(root, instance)
+        job = definitions.resolve_implicit_global_asset_job_def()
+
+        def build(lane: Lane, own: list[Node]) -> list[str]:
+            wanted = own if selection is not None else stale_nodes(project, root, own)
+            return build_lane(root, project, job, instance, lane, wanted) if wanted else []
+
+        todo = lanes(nodes)
+        if selection is None:  # a lane that is up to date and reads from none that is not need not be looked at again
+            stale = {node_id(stage.name, key) for stage, key in stale_nodes(project, root, nodes)}
+            todo = {lane: own for lane, own in todo.items() if any(node_id(stage.name, key) in stale for stage, key in own)}
+        return in_order(project, todo, build, 1 if mode == "inline" else jobs or os.cpu_count() or 1)
+
+
+def in_order(project: Project, todo: dict[Lane, list[Node]], build: Any, jobs: int) -> list[str]:
+    """Call ``build(lane, nodes)`` for every lane after those it reads from, ``jobs`` at a time; what they returned, joined.
+
+    When one fails, those that need it are left out, the others are built, and then the failure is raised.
+    """
+    waiting = {lane: upstream_lanes(project, lane, own) & todo.keys() for lane, own in todo.items()}
+    built: list[str] = []
+    if min(jobs, len(todo)) <= 1:  # in this thread, where an interrupt reaches it
+        for lane in waiting:
+            built += build(lane, todo[lane])
+        return built
+    from pipelines.resources import STOPPING, stop_all
+
+    STOPPING.clear()
+    errors: list[Exception] = []
+    running: dict[Future[list[str]], Lane] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            while waiting or running:
+                for lane in [lane for lane, needed in waiting.items() if not needed]:
+                    running[pool.submit(build, lane, todo[lane])] = lane
+                    del waiting[lane]
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    lane, error = running.pop(future), future.exception()
+                    if error is not None:
+                        errors.append(error if isinstance(error, Exception) else StageError(f"{lane}: {error!r}"))
+                        continue
+                    built += future.result()
+                    for needed in waiting.values():
+                        needed.discard(lane)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop_all()
+            raise
+    if errors:
+        raise joined(errors)
+    return built
+
+
+def joined(errors: list[Exception]) -> Exception:
+    """One error that says what several said; bad input before failure."""
+    if len(errors) == 1:
+        return errors[0]
+    lines = [line for error in errors for line in str(error).splitlines()]
+    return InputError(*lines) if all(isinstance(error, InputError) for error in errors) else StageError("\n".join(lines))
+
+
+def build_lane(root: Path, project: Project, job: "dg.JobDefinition", instance: "dg.DagsterInstance", lane: Lane, nodes: list[Node]) -> list[str]:
+    """One Dagster run over the nodes of a lane; returns those whose artifact is another one than before."""
+    import dagster as dg
+
+    own = {node_id(stage.name, key) for stage, key in nodes}
+    for stage, key in nodes:  # a missing input is a matter of one line, not of a failed run
+        if not any(node_id(*each) in own for each in project.graph.inputs(stage, key).values()):
+            plan_stage(project, root, stage, key)
+    print(f"{lane}: {', '.join(stage.name for stage, _ in nodes)}", file=sys.stderr, flush=True)
+    before = {node_id(stage.name, key): _state(root, stage.name, key) for stage, key in nodes}
+    result = job.execute_in_process(run_config=QUIET, instance=instance, asset_selection=[dg.AssetKey(stage.asset) for stage, _ in nodes],
+                                    partition_key=lane.key, raise_on_error=False)
+    if not result.success:
+        raise failure(result, nodes)
+    return [node for (stage, key), node in zip(nodes, before, strict=True) if _state(root, stage.name, key) != before[node]]
+
+
+def _state(root: Path, stage: str, key: str | None) -> tuple[str, float] | None:
+    """What tells one building of an artifact from another."""
+    file = provenance_file(root, stage, key)
+    return (str(read_json(file)["fingerprint"]), file.stat().st_mtime) if file.exists() else None
+
+
+def selected_stages(definitions: "dg.Definitions", selection: str) -> set[str]:
+    """Names of the stages whose assets a Dagster selection holds."""
+    import dagster as dg
+
+    try:
+        keys = dg.AssetSelection.from_string(selection).resolve(definitions.resolve_asset_graph())
+    except dg.DagsterError as error:
+        raise InputError(f"selection '{selection}': {' '.join(str(error).split())}; write for instance key:report or key:\"metrics\"+") from error
+    found = {stage.name for stage in STAGES.values() if dg.AssetKey(stage.asset) in keys}
+    if not found:
+        raise InputError(f"selection '{selection}': holds no asset; valid: {', '.join(stage.asset for stage in STAGES.values())}")
+    return found
+
+
+def chosen(project: Project, names: set[str] | None, target: str | None) -> Iterator[Node]:
+    """Nodes in building order, narrowed to stages and to one target (with all it needs where no stages are named)."""
+    needed = _needed(project, target) if target else None
+    for stage, key in project.graph.nodes():
+        if (names is None or stage.name in names) and (needed is None or node_id(stage.name, key) in needed):
+            yield stage, key
+
+
+def _needed(project: Project, target: str) -> set[str]:
+    """A target's nodes and everything upstream of them."""
+    found: set[str] = set()
+
+    def visit(name: str, key: str | None) -> None:
+        if node_id(name, key) not in found:
+            found.add(node_id(name, key))
+            for upstream in project.graph.inputs(STAGES[name], key).values():
+                visit(*upstream)
+
+    for stage in STAGES.values():
+        if stage.scope == "target":
+            visit(stage.name, target)
+    return found
+
+
+def failure(result: Any, nodes: list[Node]) -> BaseException:
+    """The error that ended a run, as it came out of the stage, unwrapped from Dagster's."""
+    steps = {stage.asset: node_id(stage.name, key) for stage, key in nodes}
+    events = [event for event in result.get_step_failure_events() if event.step_failure_data.error]
+    if any("DagsterExecutionInterruptedError" in event.step_failure_data.error.to_string() for event in events):
+        return KeyboardInterrupt()
+    for event in events:
+        node, error = steps.get(event.step_key, event.step_key), event.step_failure_data.error
+        while error.cause is not None:
+            error = error.cause
+        bad_input = error.message.partition(f"{InputError.__name__}: ")[2]
+        if bad_input:
+            return InputError(*(f"{node}: {line}" for line in bad_input.strip().splitlines()))
+        return StageError(f"{node}: {error.message.partition(f'{StageError.__name__}: ')[2] or error.message}".strip())
+    return StageError(f"{', '.join(steps.values())}: the run failed before its first step; Dagster's record says why")

@@ -1,0 +1,98 @@
+"""``alignflow init``: a project of one's own, empty of images: settings, folders, and what git, DVC and Dagster need to find it."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from alignflow_core.errors import InputError
+from pipelines.compose import write_params, write_text
+
+IGNORED = """\
+# what a project produces, and its images: DVC versions them
+/data/
+/artifacts/
+/runs/
+/.alignflow/
+/mlflow.db*
+/mlruns/
+/dvc_plots/
+__pycache__/
+"""
+WORKSPACE = """\
+load_from:
+  - python_module:
+      module_name: pipelines.definitions
+      working_directory: .
+"""
+DVC_CONFIG = """\
+[core]
+    analytics = false
+    autostage = false
+    check_update = false
+"""
+
+
+def init(root: Path, source: str, targets: Sequence[str], references: int | None, task: str, overrides: Sequence[str]) -> list[str]:
+    """Write a project.
+
+    Args:
+        root: its folder; may exist, but holds no ``params.yaml``.
+        source: name of the source domain.
+        targets: names of the target domains, each a target of its own.
+        references: images to draw from each target domain; ``None`` for a folder of references a target.
+        task: how masks are read.
+        overrides: further settings.
+
+    Returns:
+        what is left for the user to do, a line each.
+
+    Raises:
+        InputError: a project is there already, or a wrong name or setting; nothing is written then.
+    """
+    if (root / "params.yaml").exists():
+        raise InputError(f"{root / 'params.yaml'}: a project is here already; change it with 'alignflow target' or by hand, or choose another folder")
+    if source in targets:
+        raise InputError(f"--source {source}: is a target too; give them different names")
+    domains = {source: {"dir": f"data/source/{source}"}} | {name: {"dir": f"data/target/{name}"} for name in targets}
+    drawn = {name: {"count": references} if references is not None else {"dir": f"data/references/{name}"} for name in targets}
+    layout: dict[str, Any] = {"source": source, "domains": domains,
+                              "targets": {name: {"domain": name, "references": drawn[name]} for name in targets}}
+    profile = [] if any(o.startswith("profile=") for o in overrides) else ["profile=cpu"]
+    write_params(root / "params.yaml", [f"task={task}", *profile, *overrides], layout)
+    folders = [domain["dir"] for domain in domains.values()]
+    for folder in folders:
+        for part in ("images", "masks"):
+            (root / folder / part).mkdir(parents=True, exist_ok=True)
+    references_dirs = [str(entry["dir"]) for entry in drawn.values() if "dir" in entry]
+    for folder in references_dirs:
+        (root / folder / "images").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(Path(__file__).parents[1] / "dagster.yaml", root / "dagster.yaml")
+    for name, text in ((".gitignore", IGNORED), (".dvcignore", ".alignflow\nmlruns\n"), ("workspace.yaml", WORKSPACE)):
+        if not (root / name).exists():
+            write_text(root / name, text)
+    _version_control(root)
+    from pipelines import dvcfile
+
+    dvcfile.write(root)
+    where = "" if root.resolve() == Path.cwd() else f"cd {root}; "
+    return [f"put images and masks into {', '.join(folders)}" + (f", reference images into {', '.join(references_dirs)}" if references_dirs else ""),
+            *(f"{where}alignflow check {folder} --task {task}" for folder in folders),
+            f"{where}dvc add data; git add -A; git commit", f"{where}alignflow materialize; alignflow ui"]
+
+
+def _version_control(root: Path) -> None:
+    """``git init`` outside a repository and ``dvc init``; without git, DVC works on its own."""
+    inside = False
+    if shutil.which("git"):
+        inside = subprocess.run(["git", "rev-parse"], cwd=root, capture_output=True, check=False).returncode == 0
+        if not inside:
+            subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
+            inside = True
+    if not (root / ".dvc").is_dir():
+        at_top = inside and (root / ".git").exists()
+        kind = [] if at_top else ["--subdir"] if inside else ["--no-scm"]
+        subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet", *kind], cwd=root, check=True)
+        write_text(root / ".dvc" / "config", DVC_CONFIG)

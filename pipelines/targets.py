@@ -1,0 +1,105 @@
+"""``alignflow target``: add a hospital to a project, take one out, list them. Edits ``params.yaml``, and ``dvc.yaml`` where there is one.
+
+What the other targets are built from stays as it is, so nothing of theirs becomes stale.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from alignflow_core.config import NAME_PATTERN, load_project, read_params
+from alignflow_core.errors import InputError
+from alignflow_core.folders import check_folder
+from alignflow_core.validation import nearest
+from pipelines.compose import rewrite_params
+
+
+def add(root: Path, name: str, references: str, like: str | None = None, domain: Path | None = None) -> None:
+    """Add a target.
+
+    Args:
+        root: project root.
+        name: of the target; without ``domain`` and ``like`` a folder ``data/target/NAME`` must be its domain.
+        references: folder of its reference images, or how many to draw from its domain.
+        like: target whose way of aligning, arms and (without ``domain``) domain it takes; the first target if not given.
+        domain: raw folder of its own labelled images, which only measure; becomes the domain NAME.
+
+    Raises:
+        InputError: every problem of names and folders; nothing is written then.
+    """
+    params = read_params(root / "params.yaml")
+    project = load_project(root / "params.yaml")
+    model = like or next(iter(project.targets))
+    problems = []
+    if not re.fullmatch(NAME_PATTERN, name):
+        problems.append(f"target '{name}': a name is letters, digits, '-' and '_' (at most 63); choose another")
+    elif name in project.targets:
+        problems.append(f"target '{name}': is there already; remove it first, or choose another name")
+    if model not in project.targets:
+        raise InputError(*problems, f"--like {model}: not a target{nearest(model, project.targets)}")
+    if domain is None and (name in project.domains or (root / "data" / "target" / name).is_dir()):
+        domain = root / (project.domains[name].dir if name in project.domains else f"data/target/{name}")
+    if domain is None and like is None:
+        problems.append(f"target '{name}': has no labelled images to be measured on; give their folder with --domain DIR, "
+                        f"or with --like T the domain of another target")
+    folder = None if references.isdecimal() else Path(references)
+    for where, labelled in ((folder, False), (domain, True)):
+        if where is not None:
+            try:
+                check_folder(where, project.task, labelled=labelled)
+            except InputError as error:
+                problems += error.problems
+    if problems:
+        raise InputError(*problems)
+    entry = dict(params["targets"][model]) | {"domain": project.targets[model].domain if domain is None else name, "variant_of": None}
+    drawn = dict(entry.get("references", {}))
+    entry["references"] = drawn | ({"dir": None, "count": int(references)} if folder is None else {"dir": _place(root, folder)})
+    if domain is not None:
+        params["domains"] = params["domains"] | {name: {"dir": _place(root, domain)}}
+    _write(root, params | {"targets": params["targets"] | {name: entry}})
+
+
+def remove(root: Path, name: str) -> list[str]:
+    """Take a target out, with its variants and, where no other target uses it, its domain; built artifacts stay on disk.
+
+    Returns:
+        names of the targets taken out.
+
+    Raises:
+        InputError: no such target, or it is the last.
+    """
+    params, project = read_params(root / "params.yaml"), load_project(root / "params.yaml")
+    if name not in project.targets:
+        raise InputError(f"target '{name}': not in {root / 'params.yaml'}{nearest(name, project.targets)}")
+    gone = [each for each, target in project.targets.items() if each == name or target.variant_of == name]
+    kept = {each: target for each, target in params["targets"].items() if each not in gone}
+    if not kept:
+        raise InputError(f"target '{name}': is the last one, and a project needs one; add another first")
+    used = {project.source, *(target["domain"] for target in kept.values())}
+    _write(root, params | {"targets": kept, "domains": {each: value for each, value in params["domains"].items() if each in used}})
+    return gone
+
+
+def listing(root: Path) -> str:
+    """The targets, one a line: domain, references, way of aligning."""
+    lines = []
+    for name, target in load_project(root / "params.yaml").targets.items():
+        references = target.references.dir or f"{target.references.count} drawn from {target.domain} (seed {target.references.seed})"
+        variant = f", variant of {target.variant_of}" if target.variant_of else ""
+        lines.append(f"{name}: domain {target.domain}, references {references}, {target.align.reward} on {target.align.encoder}{variant}")
+    return "\n".join(lines)
+
+
+def _place(root: Path, folder: Path) -> str:
+    """A folder as ``params.yaml`` names it: relative to the root where it lies below it."""
+    folder, root = folder.resolve(), root.resolve()
+    return folder.relative_to(root).as_posix() if folder.is_relative_to(root) else str(folder)
+
+
+def _write(root: Path, params: dict[str, Any]) -> None:
+    """Write ``params.yaml`` with its first line kept, then ``dvc.yaml`` if the project has one."""
+    from pipelines import dvcfile
+
+    rewrite_params(root / "params.yaml", params, "target")
+    if (root / "dvc.yaml").exists():
+        dvcfile.write(root)

@@ -1,0 +1,102 @@
+"""Adding a hospital, taking one out, a project of one's own, and experiments over every target."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from alignflow_core.config import build_project, load_project, read_params
+from alignflow_core.errors import InputError
+from pipelines import dvcfile, targets
+from pipelines.cli import main
+from pipelines.scaffold import init
+
+
+def test_a_new_hospital_changes_nothing_of_the_others(smoke_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dvcfile.write(smoke_root)
+    before, graph = read_params(smoke_root / "params.yaml"), yaml.safe_load((smoke_root / "dvc.yaml").read_text())
+    shutil.copytree(smoke_root / "data/target/amber", smoke_root / "data/target/north")
+    shutil.copytree(smoke_root / "data/references/amber", smoke_root / "data/references/north")
+    arguments = ["target", "add", "north", "--references", str(smoke_root / "data/references/north"), "--like", "violet", "--root", str(smoke_root)]
+    assert main(arguments) == 0
+    after = read_params(smoke_root / "params.yaml")
+    assert {name: value for name, value in after["targets"].items() if name != "north"} == before["targets"]
+    assert after["targets"]["north"] == before["targets"]["violet"] | {
+        "domain": "north", "references": before["targets"]["violet"]["references"] | {"dir": "data/references/north"}}
+    assert after["domains"]["north"] == {"dir": "data/target/north"}
+    stages = yaml.safe_load((smoke_root / "dvc.yaml").read_text())["stages"]
+    assert stages["align"]["foreach"].keys() == {"amber", "violet", "north"}
+    assert {name: entry["foreach"]["amber"] for name, entry in stages.items() if "amber" in entry.get("foreach", {})} == {
+        name: entry["foreach"]["amber"] for name, entry in graph["stages"].items() if "amber" in entry.get("foreach", {})}
+    assert main(["target", "list", "--root", str(smoke_root)]) == 0
+    assert "north: domain north, references data/references/north, frechet on statconv" in capsys.readouterr().out
+    assert main(["target", "remove", "north", "--root", str(smoke_root)]) == 0
+    assert read_params(smoke_root / "params.yaml") == before
+    assert yaml.safe_load((smoke_root / "dvc.yaml").read_text()) == graph
+
+
+def test_another_reference_set_of_the_same_hospital(smoke_root: Path) -> None:
+    targets.add(smoke_root, "amber-k4", "4", like="amber")
+    added = load_project(smoke_root / "params.yaml").targets["amber-k4"]
+    assert (added.domain, added.references.dir, added.references.count) == ("amber", None, 4)
+    assert targets.remove(smoke_root, "amber-k4") == ["amber-k4"]
+
+
+def test_problems_are_told_at_once_and_nothing_is_written(smoke_root: Path) -> None:
+    before = (smoke_root / "params.yaml").read_text()
+    for arguments, words in (
+        (("north", "/nowhere/refs"), ["'north': has no labelled images", "/nowhere/refs"]),
+        (("amber", "4", "amber"), ["'amber': is there already"]),
+        (("a b", "4", "amber"), ["'a b': a name is"]),
+        (("north", "4", "amberr"), ["did you mean 'amber'"]),
+    ):
+        with pytest.raises(InputError) as caught:
+            targets.add(smoke_root, *arguments)
+        assert all(word in str(caught.value) for word in words)
+    with pytest.raises(InputError, match="did you mean 'violet'"):
+        targets.remove(smoke_root, "violett")
+    targets.remove(smoke_root, "violet")
+    with pytest.raises(InputError, match="is the last one"):
+        targets.remove(smoke_root, "amber")
+    targets.add(smoke_root, "violet", str(smoke_root / "data/references/violet"))
+    assert read_params(smoke_root / "params.yaml") == yaml.safe_load(before), "taken out and put back"
+
+
+def test_variants_go_with_their_target(smoke_root: Path) -> None:
+    assert main(["ablate", "reward=skl", "--target", "amber", "--root", str(smoke_root)]) == 0
+    assert targets.remove(smoke_root, "amber") == ["amber", "amber-skl"]
+
+
+def test_one_reward_for_every_target(smoke_root: Path) -> None:
+    assert main(["ablate", "reward=skl", "--target", "amber", "--root", str(smoke_root)]) == 0
+    plain = read_params(smoke_root / "params.yaml")
+    project = build_project(plain | {"reward": "mmd", "encoder": "flow"})
+    assert {name: (each.align.reward, each.align.encoder) for name, each in project.targets.items()} == {
+        "amber": ("mmd", "flow"), "violet": ("mmd", "flow"), "amber-skl": ("skl", "statconv")}
+    with pytest.raises(InputError, match=r"unknown|not one of|did you mean"):
+        build_project(plain | {"reward": "mdm"})
+
+
+def test_init_writes_a_project_that_the_data_fit_into(phantom_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "mine"
+    assert main(["init", "--root", str(root), "--source", "a", "--target", "b", "--references", "4", "--task", "refuge", "profile=smoke"]) == 0
+    assert "dvc add data" in capsys.readouterr().out
+    for place, origin in (("source/a", "source/standard"), ("target/b", "target/amber")):
+        shutil.copytree(phantom_root / "data" / origin, root / "data" / place, dirs_exist_ok=True)
+        assert main(["check", str(root / "data" / place), "--task", "refuge"]) == 0
+    project = load_project(root / "params.yaml")
+    assert (project.source, list(project.targets), project.targets["b"].references.count) == ("a", ["b"], 4)
+    assert dvcfile.is_current(root) and (root / ".dvc").is_dir() and (root / ".git").is_dir()
+    assert main(["plan", "--check", "--root", str(root)]) == 3
+    assert main(["init", "--root", str(root), "--source", "a", "--target", "b", "--task", "refuge"]) == 2
+    assert "a project is here already" in capsys.readouterr().err
+
+
+def test_init_with_reference_folders(tmp_path: Path) -> None:
+    steps = init(tmp_path / "mine", "a", ["b", "c"], None, "binary", ["profile=smoke"])
+    assert (tmp_path / "mine/data/references/c/images").is_dir()
+    assert "reference images into data/references/b, data/references/c" in steps[0]
+    with pytest.raises(InputError, match="is a target too"):
+        init(tmp_path / "other", "a", ["a"], None, "binary", [])
+    assert not (tmp_path / "other").exists()
