@@ -87,19 +87,17 @@ def build(project: Project, runner: StageRunner, stage: str, key: str | None) ->
 
 
 def track(context: dg.AssetExecutionContext, root: Path, stage: str, key: str | None) -> str | None:
-    """Record in MLflow and return the page of the run; a tracker that is locked or gone must not lose the artifact.
+    """Record in MLflow and return the id of the run; a tracker that is locked or gone must not lose the artifact.
 
     ``alignflow sync`` makes up for what is missing.
     """
-    from pipelines import tracking, ui
+    from pipelines import tracking
 
     try:
-        run = tracking.record(root, stage, key)
-        experiment = tracking.client(root).get_run(run).info.experiment_id
+        return tracking.record(root, stage, key)
     except Exception as error:
         context.log.warning(f"not recorded in MLflow ({error}); 'alignflow sync' will do it")
         return None
-    return f"http://{ui.HOST}:{ui.MLFLOW_PORT}/#/experiments/{experiment}/runs/{run}"
 
 
 def dependencies(project: Project, stage: Stage) -> list[dg.AssetDep]:

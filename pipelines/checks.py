@@ -17,7 +17,7 @@ import dagster as dg
 from alignflow_core.artifact import json_hash, read_json
 from alignflow_core.config import Project, Task, load_project
 from alignflow_core.runner import provenance_file
-from alignflow_core.stages import STAGES, artifact_dir, node_id
+from alignflow_core.stages import STAGES, Stage, artifact_dir, node_id
 
 if TYPE_CHECKING:
     import numpy as np
@@ -239,6 +239,14 @@ CHECKS: dict[str, tuple[Check, ...]] = {
     "segment_target": (finite_losses("segment_target"),),
     "evaluate": (_plain(scores_in_range, blocking=True), _plain(no_copies)),
 }
+
+
+def evaluations(root: Path, stage: Stage, key: str | None) -> Iterator[dg.AssetCheckEvaluation]:
+    """The results of a stage's checks as Dagster records them of an artifact that was built without it."""
+    for check in CHECKS.get(stage.name, ()):
+        result = check(root, key)
+        yield dg.AssetCheckEvaluation(asset_key=dg.AssetKey(stage.asset), check_name=check.name, passed=result.passed, metadata=result.metadata,
+                                      severity=result.severity, blocking=check.blocking, partition=key)
 
 
 def refused_input(project: Project, root: Path, stage: str, key: str | None) -> str | None:

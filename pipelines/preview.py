@@ -35,16 +35,16 @@ OUTLINES = ((255, 221, 0), (0, 229, 255), (255, 64, 255), (64, 255, 64))  # clas
 WIDTH, HEIGHT, LEGEND = 560, 180, 230
 
 
-def metadata(root: Path, stage: str, key: str | None, run_page: str | None = None) -> dict[str, Any]:
-    """Dagster metadata of a built artifact; ``run_page`` is the address of its run in MLflow."""
+def metadata(root: Path, stage: str, key: str | None, run: str | None = None) -> dict[str, Any]:
+    """Dagster metadata of a built artifact; ``run`` is the id of its run in MLflow."""
     folder = root / artifact_dir(stage, key)
     provenance = read_json(provenance_file(root, stage, key))
     found: dict[str, Any] = {
         "path": dg.MetadataValue.path(str(folder)), "content": provenance["content"], "fingerprint": provenance["fingerprint"],
         **_dvc(root, stage, key), "seconds": provenance["seconds"], "seed": provenance["seed"], "profile": provenance["profile"],
     }
-    if run_page:
-        found["mlflow"] = dg.MetadataValue.url(run_page)
+    if run is not None:
+        found |= _run_page(root, run)
     if stage in TABLES and (folder / TABLES[stage]).exists():
         found["table"] = _table(_read(folder / TABLES[stage], SHARED_COLUMNS.get(stage)))
     curves = _curves(folder / "curves.parquet")
@@ -86,6 +86,17 @@ def _filtered(verdicts: "pd.DataFrame", painted: Path) -> dict[str, Any]:
     return found
 
 
+def _run_page(root: Path, run: str) -> dict[str, Any]:
+    """Where ``alignflow ui`` shows a run, if the tracker can be asked."""
+    from pipelines import tracking, ui
+
+    try:
+        experiment = tracking.client(root).get_run(run).info.experiment_id
+    except Exception:  # whatever a database may raise
+        return {}
+    return {"mlflow": dg.MetadataValue.url(f"http://{ui.HOST}:{ui.MLFLOW_PORT}/#/experiments/{experiment}/runs/{run}")}
+
+
 def _dvc(root: Path, stage: str, key: str | None) -> dict[str, Any]:
     """Where DVC keeps the artifact and the hash it has there, as far as ``dvc.lock`` tells."""
     import yaml
@@ -121,6 +132,8 @@ def _table(table: "pd.DataFrame") -> dg.TableMetadataValue:
 
 def _plain(value: Any) -> str | float | int | bool | None:
     value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
     return value if value is None or isinstance(value, str | float | int | bool) else str(value)
 
 

@@ -153,22 +153,22 @@ def test_the_hash_that_dvc_has(tmp_path: Path) -> None:
 def test_the_page_of_a_run_and_a_tracker_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipelines import tracking
 
-    warnings: list[str] = []
-    context: Any = SimpleNamespace(log=SimpleNamespace(warning=warnings.append))
     client = SimpleNamespace(get_run=lambda run: SimpleNamespace(info=SimpleNamespace(experiment_id="3")))
-    monkeypatch.setattr(tracking, "record", lambda *_: "r7")
     monkeypatch.setattr(tracking, "client", lambda root: client)
-    page = assets.track(context, tmp_path, "align", "amber")
-    assert page == "http://127.0.0.1:5000/#/experiments/3/runs/r7" and not warnings
     built(tmp_path, "align/amber", {})
-    assert preview.metadata(tmp_path, "align", "amber", page)["mlflow"].url == page
+    assert preview.metadata(tmp_path, "align", "amber", "r7")["mlflow"].url == "http://127.0.0.1:5000/#/experiments/3/runs/r7"
 
     def locked(*_: object) -> str:
         raise OSError("database is locked")
 
+    warnings: list[str] = []
+    context: Any = SimpleNamespace(log=SimpleNamespace(warning=warnings.append))
     monkeypatch.setattr(tracking, "record", locked)
     assert assets.track(context, tmp_path, "align", "amber") is None
-    assert "database is locked" in warnings[0] and "mlflow" not in preview.metadata(tmp_path, "align", "amber", None)
+    assert "database is locked" in warnings[0]
+    monkeypatch.setattr(tracking, "client", locked)
+    for run_id in (None, "r7"):
+        assert "mlflow" not in preview.metadata(tmp_path, "align", "amber", run_id)
 
 
 SEEN = """
