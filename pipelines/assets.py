@@ -13,11 +13,13 @@ import dagster as dg
 
 from alignflow_core.artifact import json_hash, read_json, tree_hash
 from alignflow_core.config import Project, load_project
+from alignflow_core.errors import InputError, StageError
 from alignflow_core.runner import code_hash, provenance_file, raw_dirs, stage_params
 from alignflow_core.stages import STAGES, Stage, node_id
 from pipelines import preview
-from pipelines.checks import CHECKS, Check
-from pipelines.resources import StageRunner
+from pipelines.checks import CHECKS, refused_input
+from pipelines.descriptions import description, kinds
+from pipelines.resources import StageRunner, TransientStageError
 
 # Young parts of Dagster, held in place by its pinned version: a check's state per partition, and observed inputs.
 for _feature in ("partitions_def on an AssetCheckSpec", "observable_source_asset"):
@@ -27,6 +29,8 @@ FINGERPRINT_TAG, TAG_LENGTH = "alignflow/fingerprint", 63  # Dagster's limit
 INPUTS_GROUP = "0_inputs"
 RAW_ASSETS = {"data": "raw_domain", "references": "raw_references"}
 PARAMS_ASSET = "params"
+OWNER = "team:alignflow"
+MAX_RETRIES, RETRY_SECONDS = 1, 20
 
 
 def partitions(project: Project, scope: str) -> dg.StaticPartitionsDefinition | None:
@@ -42,35 +46,58 @@ def stage_asset(project: Project, stage: Stage) -> dg.AssetsDefinition:
     specs = [dg.AssetCheckSpec(c.name, asset=stage.asset, description=c.description, blocking=c.blocking, partitions_def=keys) for c in checks]
 
     @dg.asset(
-        key=stage.asset, group_name=stage.group, description=stage.description, partitions_def=keys, deps=dependencies(project, stage),
-        kinds={"python", "pytorch"} if stage.gpu else {"python"}, pool="gpu" if stage.gpu else None, code_version=code_hash(stage.name)[:12],
-        check_specs=specs,
+        key=stage.asset, group_name=stage.group, description=description(stage), partitions_def=keys, deps=dependencies(project, stage),
+        owners=[OWNER], kinds=kinds(stage), tags={"alignflow/stage": stage.name, "alignflow/scope": stage.scope},
+        pool="gpu" if stage.gpu else None, code_version=code_hash(stage.name)[:12], check_specs=specs,
     )
     def materialize(context: dg.AssetExecutionContext, runner: StageRunner) -> dg.MaterializeResult:
         key, root = (context.partition_key if context.has_partition_key else None), Path(runner.root)
-        runner.build(stage.name, key)
-        track(context, root, stage.name, key)
+        build(project, runner, stage.name, key)
+        run = track(context, root, stage.name, key)
         provenance = read_json(provenance_file(root, stage.name, key))
         return dg.MaterializeResult(
             data_version=dg.DataVersion(provenance["content"]), tags={FINGERPRINT_TAG: provenance["fingerprint"][:TAG_LENGTH]},
-            metadata=preview.metadata(root, stage.name, key), check_results=[checked(each, root, key) for each in checks])
+            metadata=preview.metadata(root, stage.name, key, run), check_results=[check(root, key) for check in checks])
 
     return materialize
 
 
-def track(context: dg.AssetExecutionContext, root: Path, stage: str, key: str | None) -> None:
-    """Record in MLflow; a tracker that is locked or gone must not lose the artifact, and ``alignflow sync`` makes up for it."""
+def build(project: Project, runner: StageRunner, stage: str, key: str | None) -> None:
+    """Build the artifact. Only what a second try may cure is tried again.
+
+    A ``RetryPolicy`` would try everything again, a run that a person has cancelled included.
+
+    Raises:
+        Failure: bad input, or a stage that cannot give a usable artifact: what, why and what to do.
+        RetryRequested: see :class:`pipelines.resources.TransientStageError`; after the last try it is a failure too.
+    """
+    try:
+        refused = refused_input(project, Path(runner.root), stage, key)
+        if refused:
+            raise StageError(refused)
+        runner.build(stage, key)
+    except TransientStageError as error:
+        raise dg.RetryRequested(max_retries=MAX_RETRIES, seconds_to_wait=RETRY_SECONDS) from error
+    except (InputError, StageError) as error:
+        problems = str(error).splitlines()
+        remedies = [problem.rpartition("; ")[2] for problem in problems if "; " in problem]
+        raise dg.Failure(problems[0] if len(problems) == 1 else f"{problems[0]} (and {len(problems) - 1} more)", allow_retries=False, metadata={
+            "problems": dg.MetadataValue.md("\n".join(f"- {problem}" for problem in problems)), "remedy": "; ".join(dict.fromkeys(remedies)),
+            "stage": node_id(stage, key)}) from error
+
+
+def track(context: dg.AssetExecutionContext, root: Path, stage: str, key: str | None) -> str | None:
+    """Record in MLflow and return the id of the run; a tracker that is locked or gone must not lose the artifact.
+
+    ``alignflow sync`` makes up for what is missing.
+    """
     from pipelines import tracking
 
     try:
-        tracking.record(root, stage, key)
+        return tracking.record(root, stage, key)
     except Exception as error:
         context.log.warning(f"not recorded in MLflow ({error}); 'alignflow sync' will do it")
-
-
-def checked(check: Check, root: Path, key: str | None) -> dg.AssetCheckResult:
-    """Result of one check, named and with its partition's own history."""
-    return check.function(root, key)._replace(check_name=check.name)
+        return None
 
 
 def dependencies(project: Project, stage: Stage) -> list[dg.AssetDep]:
@@ -111,9 +138,9 @@ def input_versions(root: Path) -> dict[tuple[str, str], str]:
     return found
 
 
-def observed_asset(name: str, description: str, keys: dg.PartitionsDefinition[str], root: Path) -> dg.SourceAsset:
+def observed_asset(name: str, text: str, keys: dg.PartitionsDefinition[str], root: Path) -> dg.SourceAsset:
     """An input from outside, observed partition by partition."""
-    @dg.observable_source_asset(name=name, description=description, group_name=INPUTS_GROUP, partitions_def=keys)
+    @dg.observable_source_asset(name=name, description=text, group_name=INPUTS_GROUP, partitions_def=keys)
     def observe() -> dg.DataVersionsByPartition:
         return dg.DataVersionsByPartition({key: version for (asset, key), version in input_versions(root).items() if asset == name})
 

@@ -75,6 +75,9 @@ def in_order(project: Project, todo: dict[Lane, list[Node]], build: Any, jobs: i
         for lane in waiting:
             built += build(lane, todo[lane])
         return built
+    from pipelines.resources import STOPPING, stop_all
+
+    STOPPING.clear()
     errors: list[Exception] = []
     running: dict[Future[list[str]], Lane] = {}
     with ThreadPoolExecutor(jobs) as pool:
@@ -94,8 +97,6 @@ def in_order(project: Project, todo: dict[Lane, list[Node]], build: Any, jobs: i
                     for needed in waiting.values():
                         needed.discard(lane)
         except BaseException:
-            from pipelines.resources import stop_all
-
             pool.shutdown(wait=False, cancel_futures=True)
             stop_all()
             raise

@@ -1,17 +1,33 @@
-"""Asset checks: what must hold for an artifact to be trusted, read from its files after every build."""
+"""Asset checks: what must hold for an artifact to be trusted, read from its files after every build.
+
+A blocking check is about what would make everything after it wrong: leakage, a network that diverged, arrays that do not
+belong together, weights that the gates refuse. It stops its own run, and :func:`refused_input` stops every later one.
+The others (too few kept, pairs that look copied, unusual areas, masks poorly obeyed) are a matter of judgement and warn:
+the tables and the report, which are downstream, are where a person judges.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from alignflow_core.artifact import read_json
-from alignflow_core.config import load_project
-from alignflow_core.stages import artifact_dir
+from alignflow_core.artifact import json_hash, read_json
+from alignflow_core.config import Project, Task, load_project
+from alignflow_core.runner import provenance_file
+from alignflow_core.stages import STAGES, Stage, artifact_dir, node_id
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
 
 LEAST_KEPT = 0.2
+LEAST_AGREEMENT = 0.5  # Dice; a mask that is not found again is no label
+AREA_QUANTILES = (0.05, 0.95)
+RESULTS, UP_TO_DATE = ("compare", "report"), "up_to_date"
+WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
 
 
 @dataclass(frozen=True)
@@ -23,6 +39,14 @@ class Check:
     function: Callable[[Path, str | None], dg.AssetCheckResult]
     blocking: bool = False
 
+    def __call__(self, root: Path, key: str | None) -> dg.AssetCheckResult:
+        """The result under the check's name. Files that cannot be read fail it rather than lose the artifact's record."""
+        try:
+            return self.function(root, key)._replace(check_name=self.name)
+        except Exception as error:
+            return dg.AssetCheckResult(passed=False, check_name=self.name, severity=ERROR if self.blocking else WARN,
+                                       metadata={"cannot_be_checked": f"{type(error).__name__}: {error}"})
+
 
 def finite_losses(stage: str) -> Check:
     """Check of a trained network's curves."""
@@ -30,21 +54,48 @@ def finite_losses(stage: str) -> Check:
         import numpy as np
         import pandas as pd
 
-        curves = pd.read_parquet(root / artifact_dir(stage, key) / "curves.parquet")
+        folder = root / artifact_dir(stage, key)
+        curves, trained = pd.read_parquet(folder / "curves.parquet"), folder / "segmenters.parquet"
         wrong = curves[~np.isfinite(curves["value"])]
-        return dg.AssetCheckResult(passed=len(curves) > 0 and wrong.empty, metadata={
+        nothing_to_train = trained.exists() and pd.read_parquet(trained).empty  # a target may want none of the arms
+        return dg.AssetCheckResult(passed=(len(curves) > 0 or nothing_to_train) and wrong.empty, metadata={
             "points": len(curves), "not_finite": len(wrong), "first_step": int(wrong["step"].min()) if len(wrong) else None})
 
-    return Check("finite_losses", "Every logged point of training is a finite number, and there are some.", function)
+    return Check("finite_losses", "Every logged point of training is a finite number, and there are some.", function, blocking=True)
+
+
+def as_many_masks_as_images(stage: str, labelled: bool = True) -> Check:
+    """Check that rows of images, masks and manifest belong together; ``labelled`` sets always have masks."""
+    def function(root: Path, key: str | None) -> dg.AssetCheckResult:
+        import numpy as np
+        import pandas as pd
+
+        folder = root / artifact_dir(stage, key)
+        shapes = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False).shape
+                  for name in ("images", "masks") if (folder / f"{name}.npy").exists()}
+        rows = len(pd.read_parquet(folder / "manifest.parquet"))
+        complete = "images" in shapes and ("masks" in shapes or not labelled)
+        alike = len({shape[:3] for shape in shapes.values()}) == 1 and {shape[0] for shape in shapes.values()} == {rows}
+        return dg.AssetCheckResult(passed=rows > 0 and complete and alike, metadata={
+            "rows": rows, **{name: " x ".join(map(str, shape)) for name, shape in shapes.items()}})
+
+    return Check("as_many_masks_as_images", "Images, masks and manifest have the same rows, and images and masks the same size.", function,
+                 blocking=True)
+
+
+def splits_disjoint(root: Path, key: str | None) -> dg.AssetCheckResult:
+    """No patient and no file's content is in two of the splits train, val and test."""
+    table = _manifest(root, "data", key)
+    shared = {name: int((table.groupby(column)["split"].nunique() > 1).sum()) for name, column in
+              (("groups_in_two_splits", "group"), ("contents_in_two_splits", "image_sha256"))}
+    return dg.AssetCheckResult(passed=not any(shared.values()), metadata={
+        "images": len(table), **shared, **{f"n_{split}": int(count) for split, count in table["split"].value_counts().items()}})
 
 
 def references_disjoint(root: Path, key: str | None) -> dg.AssetCheckResult:
     """No reference shares a patient or a file's content with the target's test set."""
-    import pandas as pd
-
     domain = load_project(root / "params.yaml").targets[str(key)].domain
-    references = pd.read_parquet(root / artifact_dir("references", key) / "manifest.parquet")
-    splits = pd.read_parquet(root / artifact_dir("data", domain) / "manifest.parquet")
+    references, splits = _manifest(root, "references", key), _manifest(root, "data", domain)
     test = splits[splits["split"] == "test"]
     groups = references["group"].isin(test["group"])
     hashes = references["image_sha256"].isin(test["image_sha256"])
@@ -52,14 +103,73 @@ def references_disjoint(root: Path, key: str | None) -> dg.AssetCheckResult:
         "references": len(references), "test_images": len(test), "same_content": int(hashes.sum()), "same_group": int(groups.sum())})
 
 
+def classes_present(root: Path, key: str | None) -> dg.AssetCheckResult:
+    """Every class that training masks show is in some synthetic mask."""
+    real, synthetic = (area > 0 for area in _areas(root))
+    task = load_project(root / "params.yaml").task
+    missing = [name for c, name in enumerate(task.classes) if real[:, c].any() and not synthetic[:, c].any()]
+    shares = {f"{kind}_{name}": float(shown[:, c].mean()) for kind, shown in (("real", real), ("synthetic", synthetic))
+              for c, name in enumerate(task.classes)}
+    return dg.AssetCheckResult(passed=not missing, metadata={"missing": ", ".join(missing), **shares})
+
+
+def class_areas(root: Path, key: str | None) -> dg.AssetCheckResult:
+    """The median area of every class in synthetic masks lies between the 5 % and 95 % quantiles of training masks."""
+    import numpy as np
+
+    real, synthetic = _areas(root)
+    low, high = np.quantile(real, AREA_QUANTILES, axis=0)
+    median = np.median(synthetic, axis=0)
+    names = load_project(root / "params.yaml").task.classes
+    metadata = {f"{name}_{what}": float(values[c]) for c, name in enumerate(names) for what, values in
+                (("median", median), ("low", low), ("high", high))}
+    return dg.AssetCheckResult(passed=bool(((low <= median) & (median <= high)).all()), severity=WARN, metadata=metadata)
+
+
+def gates(root: Path, key: str | None) -> dg.AssetCheckResult:
+    """The weights that alignment ended with kept every gate; only a warning where ``align.gates.hold`` is off."""
+    import pandas as pd
+
+    looks = pd.read_parquet(root / artifact_dir("align", key) / "gates.parquet")
+    chosen = looks[looks["best"]]
+    broken = "; ".join(each for each in chosen["failed"] if each)
+    return dg.AssetCheckResult(passed=len(chosen) == 1 and not broken, severity=_gates_severity(root, key), metadata={
+        "broken": broken, "looks": len(looks), "looks_refused": int((looks["failed"] != "").sum())})
+
+
+def _ratio(name: str, limit: str) -> Callable[[Path, str | None], dg.AssetCheckResult]:
+    """Question whether a ratio of aligned to stage-1 samples is at least its gate."""
+    def function(root: Path, key: str | None) -> dg.AssetCheckResult:
+        ratio = read_json(root / artifact_dir("align", key) / "metrics.json")[name]
+        least = getattr(load_project(root / "params.yaml").targets[str(key)].align.gates, limit)
+        return dg.AssetCheckResult(passed=ratio >= least, severity=_gates_severity(root, key), metadata={name: ratio, "least": least})
+
+    return function
+
+
+def _gates_severity(root: Path, key: str | None) -> dg.AssetCheckSeverity:
+    return ERROR if load_project(root / "params.yaml").targets[str(key)].align.gates.hold else WARN
+
+
 def kept_fraction(root: Path, key: str | None) -> dg.AssetCheckResult:
-    """Filtering leaves enough to train on."""
+    """Filtering leaves enough to train on. (Where it leaves nothing the stage itself fails.)"""
     kept = read_json(root / artifact_dir("filter", key) / "metrics.json")["kept_fraction"]
-    return dg.AssetCheckResult(passed=kept >= LEAST_KEPT, severity=dg.AssetCheckSeverity.WARN, metadata={"kept": kept, "least": LEAST_KEPT})
+    return dg.AssetCheckResult(passed=kept >= LEAST_KEPT, severity=WARN, metadata={"kept": kept, "least": LEAST_KEPT})
+
+
+def mask_agreement(root: Path, key: str | None) -> dg.AssetCheckResult:
+    """A judge that never saw a pair finds its mask again: median Dice over the set."""
+    agreement = _manifest(root, "filter", key)["agreement"].median()
+    return dg.AssetCheckResult(passed=bool(agreement >= LEAST_AGREEMENT), severity=WARN, metadata={
+        "median_dice": float(agreement), "least": LEAST_AGREEMENT})
 
 
 def no_copies(root: Path, key: str | None) -> dg.AssetCheckResult:
-    """Not more kept pairs look copied than as many unseen real images would by chance."""
+    """Not more kept pairs look copied than as many unseen real images would by chance.
+
+    It warns: what is downstream of it are the tables and the report, which show the copies. Near copies of references are kept
+    out of training and export where they are found, in filtering.
+    """
     import pandas as pd
 
     folder = root / artifact_dir("evaluate", key)
@@ -69,7 +179,7 @@ def no_copies(root: Path, key: str | None) -> dg.AssetCheckResult:
     above = [bank for bank, limit in limits.items() if flagged[bank] > limit]
     metadata = {f"flagged_{bank}": int(count) for bank, count in flagged.items()}
     metadata |= {f"limit_{bank}": limit for bank, limit in limits.items() if math.isfinite(limit)}
-    return dg.AssetCheckResult(passed=not above, severity=dg.AssetCheckSeverity.WARN, metadata=metadata)
+    return dg.AssetCheckResult(passed=not above, severity=WARN, metadata=metadata)
 
 
 def scores_in_range(root: Path, key: str | None) -> dg.AssetCheckResult:
@@ -79,11 +189,135 @@ def scores_in_range(root: Path, key: str | None) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(passed=passed, metadata=dict(dice))
 
 
+def _manifest(root: Path, stage: str, key: str | None) -> "pd.DataFrame":
+    import pandas as pd
+
+    return pd.read_parquet(root / artifact_dir(stage, key) / "manifest.parquet")
+
+
+def _areas(root: Path) -> "tuple[np.ndarray, np.ndarray]":
+    """Share of the image that each class covers, [N, C] of the source's training masks and of the synthetic masks."""
+    import numpy as np
+
+    project = load_project(root / "params.yaml")
+    folders = root / artifact_dir("data", project.source), root / artifact_dir("sample_masks", None)
+    real, synthetic = (np.load(folder / "masks.npy", mmap_mode="r", allow_pickle=False) for folder in folders)
+    train = (_manifest(root, "data", project.source)["split"] == "train").to_numpy()
+    return _class_areas(real[train], project.task), _class_areas(synthetic, project.task)
+
+
+def _class_areas(masks: "np.ndarray", task: Task) -> "np.ndarray":
+    """As ``alignflow_core.masks.regions`` reads classes; that module would bring torch into the process."""
+    import numpy as np
+
+    numbers = range(1, len(task.classes) + 1)
+    return np.stack([((masks >= k) if task.nested else (masks == k)).mean((1, 2)) for k in numbers], axis=1)
+
+
+def _plain(function: Callable[[Path, str | None], dg.AssetCheckResult], blocking: bool = False) -> Check:
+    """A check named and described by its function."""
+    return Check(function.__name__, " ".join(str(function.__doc__).split()), function, blocking)
+
+
 CHECKS: dict[str, tuple[Check, ...]] = {
-    "references": (Check("references_disjoint", str(references_disjoint.__doc__), references_disjoint, blocking=True),),
+    "data": (_plain(splits_disjoint, blocking=True), as_many_masks_as_images("data")),
+    "references": (_plain(references_disjoint, blocking=True), as_many_masks_as_images("references", labelled=False)),
     "mask_flow": (finite_losses("mask_flow"),),
     "image_flow": (finite_losses("image_flow"),),
-    "align": (finite_losses("align"),),
-    "filter": (Check("kept_fraction", str(kept_fraction.__doc__), kept_fraction),),
-    "evaluate": (Check("scores_in_range", str(scores_in_range.__doc__), scores_in_range), Check("no_copies", str(no_copies.__doc__), no_copies)),
+    "sample_masks": (_plain(classes_present, blocking=True), _plain(class_areas)),
+    "sample_stage1": (as_many_masks_as_images("sample_stage1"),),
+    "segment_source": (finite_losses("segment_source"),),
+    "labeller": (finite_losses("labeller"),),
+    "align": (
+        finite_losses("align"), _plain(gates, blocking=True),
+        Check("diversity", "Samples of one mask differ as much as stage 1's do, up to align.gates.diversity.", _ratio("diversity_ratio", "diversity"),
+              blocking=True),
+        Check("mask_agreement", "Samples follow their mask as well as stage 1's do, up to align.gates.agreement.",
+              _ratio("agreement_ratio", "agreement"), blocking=True)),
+    "sample_aligned": (as_many_masks_as_images("sample_aligned"),),
+    "filter": (_plain(kept_fraction), _plain(mask_agreement)),
+    "segment_target": (finite_losses("segment_target"),),
+    "evaluate": (_plain(scores_in_range, blocking=True), _plain(no_copies)),
 }
+
+
+def evaluations(root: Path, stage: Stage, key: str | None) -> Iterator[dg.AssetCheckEvaluation]:
+    """The results of a stage's checks as Dagster records them of an artifact that was built without it."""
+    for check in CHECKS.get(stage.name, ()):
+        result = check(root, key)
+        yield dg.AssetCheckEvaluation(asset_key=dg.AssetKey(stage.asset), check_name=check.name, passed=result.passed, metadata=result.metadata,
+                                      severity=result.severity, blocking=check.blocking, partition=key)
+
+
+def refused_input(project: Project, root: Path, stage: str, key: str | None) -> str | None:
+    """The first blocking check that an input fails, in words.
+
+    Dagster's own blocking ends with the run, and an artifact that failed lies on disk all the same.
+    """
+    return next(_refusals(project, root, stage, key), None)
+
+
+def _refusals(project: Project, root: Path, stage: str, key: str | None) -> Iterator[str]:
+    for node in dict.fromkeys(project.graph.inputs(STAGES[stage], key).values()):
+        if not provenance_file(root, *node).exists():
+            continue  # the runner says that it is missing
+        for check in CHECKS.get(node[0], ()):
+            result = check(root, node[1]) if check.blocking else None
+            if result and not result.passed and result.severity == ERROR:
+                yield (f"{node_id(*node)} failed its check {check.name} ({_facts(result.metadata)}); {check.description} "
+                       "Mend what it is made from and build it again")
+
+
+def _facts(metadata: Any) -> str:
+    return ", ".join(f"{name}: {value.value}" for name, value in metadata.items() if value.value not in (None, "", 0))
+
+
+def up_to_date(root: Path, stage: str) -> dg.AssetCheckResult:
+    """Whether everything that these results rest on is as params.yaml, the raw folders and the code would have it now."""
+    from pipelines.plan import plan
+
+    stale = {node: cause for node, cause in plan(root) if stage == "report" or node != "report"}
+    first = next(iter(stale.items()), None)
+    return dg.AssetCheckResult(passed=not stale, severity=WARN, metadata={
+        "stale": len(stale), "first": f"{first[0]}: {first[1]}" if first else "", "nodes": ", ".join(stale)})
+
+
+def freshness_checks(root: Path) -> list[dg.AssetChecksDefinition]:
+    """Freshness of what people read, the comparison and the report, by content rather than by age.
+
+    Dagster's :class:`FreshnessPolicy` counts hours since the last materialisation. Here hours say nothing: a report of last year
+    whose inputs are unchanged is fresh, one of a minute ago is not if a reference set was replaced since. Dagster's own status by
+    data version looks one step back only, so that the report would pass while something far upstream is stale.
+    """
+    def check(stage: str) -> dg.AssetChecksDefinition:
+        @dg.asset_check(asset=STAGES[stage].asset, name=UP_TO_DATE,
+                        description="Nothing that these results rest on has changed since; 'alignflow plan' says what did.")
+        def fresh() -> dg.AssetCheckResult:
+            return up_to_date(root, stage)
+
+        return fresh
+
+    return [check(stage) for stage in RESULTS]
+
+
+def freshness_sensor(root: Path, signature: Callable[[Path], str]) -> dg.SensorDefinition:
+    """Looks again whenever an input or an artifact was touched, so that the report turns yellow by itself.
+
+    Args:
+        root: project root.
+        signature: see :func:`pipelines.automation.signature`.
+    """
+    @dg.sensor(name="stale_results", minimum_interval_seconds=120, default_status=dg.DefaultSensorStatus.RUNNING,
+               description="Marks the comparison and the report when something they rest on has changed. Builds nothing.")
+    def stale_results(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        records = sorted((root / "artifacts").glob("**/*.json"))
+        now = json_hash([signature(root), [(str(file), file.stat().st_mtime_ns) for file in records if file.name != "metrics.json"]])
+        built = [stage for stage in RESULTS if provenance_file(root, stage, None).exists()]
+        if now == context.cursor or not built:
+            return dg.SkipReason("nothing was touched" if built else "no results yet")
+        results = {stage: up_to_date(root, stage) for stage in built}
+        return dg.SensorResult(cursor=now, asset_events=[
+            dg.AssetCheckEvaluation(asset_key=dg.AssetKey(STAGES[stage].asset), check_name=UP_TO_DATE, passed=result.passed,
+                                    severity=result.severity, metadata=result.metadata) for stage, result in results.items()])
+
+    return stale_results

@@ -7,7 +7,8 @@ import dagster as dg
 from alignflow_core.config import load_project
 from alignflow_core.stages import STAGES
 from pipelines.assets import observed_assets, stage_asset
-from pipelines.automation import inputs_sensor, jobs, stale_sensor
+from pipelines.automation import inputs_sensor, jobs, signature, stale_sensor
+from pipelines.checks import freshness_checks, freshness_sensor
 from pipelines.resources import StageRunner, project_root
 
 
@@ -21,7 +22,8 @@ def build_definitions(root: Path, mode: str = "dvc") -> dg.Definitions:
     lane_jobs = jobs(project)
     return dg.Definitions(
         assets=[*(stage_asset(project, stage) for stage in STAGES.values()), *observed_assets(project, root)],
-        jobs=lane_jobs, sensors=[inputs_sensor(root), stale_sensor(root, lane_jobs)],
+        asset_checks=freshness_checks(root), jobs=lane_jobs,
+        sensors=[inputs_sensor(root), stale_sensor(root, lane_jobs), freshness_sensor(root, signature)],
         resources={"runner": StageRunner(root=str(root), mode=mode)}, executor=dg.in_process_executor)
 
 

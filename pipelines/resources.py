@@ -1,10 +1,13 @@
 """How a stage is run on behalf of Dagster, and where Dagster keeps its records."""
 
+import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import dagster as dg
@@ -13,9 +16,18 @@ from alignflow_core.config import load_project
 from alignflow_core.errors import InputError, StageError
 from alignflow_core.runner import plan_stage, run_stage
 from alignflow_core.stages import STAGES, node_id
+from pipelines import guardian
 
+KILLED = (128 + signal.SIGKILL, 128 + signal.SIGTERM)  # by the kernel for want of memory, by a scheduler that wants the machine back
+SIGNS = ("OutOfMemoryError", "MemoryError", "out of memory", "in use by pid", "is being blocked by", "Unable to acquire lock")
 RUNNING: set[subprocess.Popen[bytes]] = set()
-GRACE_SECONDS = 60.0  # for a training loop to save its state
+STOPPING = threading.Event()  # nothing new may start in any thread
+GRACE_SECONDS = guardian.STOP_SECONDS  # for a training loop to save its state, and for what ignores that to be killed
+TAIL = 20_000  # bytes of a command's output that its failure is read from
+
+
+class TransientStageError(StageError):
+    """A failure that a second try may cure: the process was killed, memory ran out, a lock was held."""
 
 
 class StageRunner(dg.ConfigurableResource):
@@ -34,56 +46,131 @@ class StageRunner(dg.ConfigurableResource):
         """Build the artifact of one stage and key.
 
         Raises:
-            InputError: an input is missing.
+            InputError: an input is missing or refused.
+            TransientStageError: it may succeed when it is tried again.
             StageError: DVC or the stage has failed; what they said is in the log.
         """
         root = Path(self.root)
         if self.mode == "inline":
-            run_stage(root, stage, key)
+            try:
+                run_stage(root, stage, key)
+            except Exception as error:
+                if curable(f"{type(error).__name__}: {error}"):
+                    raise TransientStageError(str(error)) from error
+                raise
             return
         if not (root / ".dvc").is_dir():
             raise InputError(f"{root}: not a DVC project; run 'git init' and 'dvc init' there, or choose the inline runner")
         plan_stage(load_project(root / "params.yaml"), root, STAGES[stage], key)  # names a missing input better than DVC does
         dvc = [sys.executable, "-m", "dvc", "--wait-for-lock"]
         if STAGES[stage].raw and (root / "data.dvc").exists():  # 'repro' of a single item would leave new data without a version
-            run_in_group([*dvc, "commit", "--quiet", "--force", "data.dvc"], root)
-        run_in_group([*dvc, "repro", "--quiet", "--single-item", node_id(stage, key)], root)
+            run_guarded([*dvc, "commit", "--quiet", "--force", "data.dvc"], root)
+        run_guarded([*dvc, "repro", "--single-item", node_id(stage, key)], root)
 
 
-def run_in_group(command: list[str], root: Path) -> None:
-    """Run a command as a process group of its own, which goes down with the caller.
+def run_guarded(command: list[str], root: Path) -> None:
+    """Run a command that goes down with this process, however that ends (see :mod:`pipelines.guardian`).
 
     A cancelled Dagster run would otherwise leave the training behind: DVC and the shell between do not pass signals on.
+    What the command says is passed on as it comes.
 
     Raises:
+        InputError: a stage under it refused its input.
+        TransientStageError: it may succeed when it is tried again.
         StageError: it ended with another exit code than 0.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # dvc.yaml says "python"
-    process = subprocess.Popen(command, cwd=root, start_new_session=True, env=os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1"})
-    RUNNING.add(process)
-    try:
-        code = process.wait()
-    except BaseException:
-        stop_group(process)
-        raise
-    finally:
-        RUNNING.discard(process)
+    heard, theirs = os.openpty() if os.isatty(2) else os.pipe()  # a person who watches gets more progress than a log
+    with subprocess.Popen([sys.executable, "-P", guardian.__file__, *command], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                          stderr=theirs, start_new_session=True, env=os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1"}) as process:
+        RUNNING.add(process)
+        os.close(theirs)
+        said = bytearray()
+        listener = threading.Thread(target=pass_on, args=(heard, said), daemon=True)
+        listener.start()
+        try:
+            if STOPPING.is_set():  # since before it was among those that run
+                stop(process)
+            code = process.wait()
+        except BaseException:
+            stop(process)
+            raise
+        finally:
+            RUNNING.discard(process)
+        if code < 0:  # the guardian itself was killed
+            kill_group(process)
+        listener.join(2.0)  # not for ever: something that goes on in the background may hold the other end
+    if STOPPING.is_set() and code:
+        raise StageError(f"'{' '.join(command[1:])}' was stopped; run it again, and it continues from its last saved state")
     if code:
-        raise StageError(f"'{' '.join(command[1:])}' ended with exit code {code}; its output says why")
+        raise failure(command, code, said.decode(errors="replace"))
+
+
+def pass_on(heard: int, said: bytearray) -> None:
+    """Write to standard error what is heard, and keep its end."""
+    with contextlib.suppress(OSError):  # so ends a terminal
+        while chunk := os.read(heard, 1 << 16):
+            os.write(2, chunk)
+            said += chunk
+            del said[:-TAIL]
+    os.close(heard)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Close the guardian's standard input, on which it stops what it runs; it does so too if we are interrupted again and do not wait."""
+    if process.stdin:
+        process.stdin.close()
+    try:
+        process.wait(guardian.STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        kill_group(process)
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill whatever is left of a process group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def failure(command: list[str], code: int, said: str) -> InputError | StageError:
+    """What a command's exit code and last words mean. DVC says what its stage ended with; its own code is always 255."""
+    ended = re.findall(r"exited with (-?\d+)", said)
+    code = int(ended[-1]) if ended else code
+    code = 128 - code if code < 0 else code
+    what = f"'{' '.join(command[1:])}'"
+    problems = [line.removeprefix("error: ") for line in said.splitlines() if line.startswith("error: ")]
+    if code in KILLED:
+        return TransientStageError(f"{what} was killed ({signal.Signals(code - 128).name}); free memory if there was too little. Run it again: "
+                                   "it continues from its last saved state")
+    if curable(said):
+        return TransientStageError("\n".join(problems) or f"{what} ended for want of memory or of a lock; its output says which. Run it again later")
+    if code == 2 and problems:
+        return InputError(*problems)
+    return StageError("\n".join(problems) or f"{what} ended with exit code {code}; its output says why")
+
+
+def curable(said: str) -> bool:
+    """Whether these words tell of something that may be over by the next try: memory or a lock that others hold."""
+    return any(sign in said for sign in SIGNS)
 
 
 def stop_all() -> None:
-    """Stop every process group that threads of this process wait for: an interrupt reaches the main thread alone."""
-    for process in list(RUNNING):
-        stop_group(process)
+    """Stop everything that threads of this process wait for, all at once, and start nothing new: an interrupt reaches the main thread alone.
+
+    Whoever starts threads again clears :data:`STOPPING` first.
+    """
+    STOPPING.set()
+    running = list(RUNNING)
+    for process in running:
+        if process.stdin:
+            process.stdin.close()
+    for process in running:
+        stop(process)
 
 
 def stop_group(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt a process group, then terminate, then kill what does not leave.
-
-    An interrupt comes first: stages save their state on it and DVC still releases its locks.
-    """
-    for number, seconds in ((signal.SIGINT, GRACE_SECONDS), (signal.SIGTERM, 10.0), (signal.SIGKILL, None)):
+    """Interrupt a server's process group, then terminate, then kill what does not leave."""
+    for number, seconds in ((signal.SIGINT, 6.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, None)):
         try:
             os.killpg(process.pid, number)
             process.wait(seconds)

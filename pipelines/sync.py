@@ -23,6 +23,7 @@ def sync(root: Path) -> list[str]:
 
     from pipelines import tracking
     from pipelines.automation import observe
+    from pipelines.checks import evaluations
     from pipelines.definitions import build_definitions
     from pipelines.resources import dagster_home
 
@@ -36,10 +37,12 @@ def sync(root: Path) -> list[str]:
         for stage, key in project.graph.nodes():
             if any(causes(project, root, stage, key)):
                 continue
+            run = tracking.record(root, stage.name, key)
             if _seen(instance, stage, key) != fingerprint_tag(root, stage, key):
-                instance.report_runless_asset_event(_materialization(root, instance, graph, stage, key))
+                instance.report_runless_asset_event(_materialization(root, instance, graph, stage, key, run))
+                for evaluation in evaluations(root, stage, key):
+                    instance.report_runless_asset_event(evaluation)
                 reported.append(node_id(stage.name, key))
-            tracking.record(root, stage.name, key)
     return reported
 
 
@@ -62,7 +65,8 @@ def _seen(instance: "dg.DagsterInstance", stage: Stage, key: str | None) -> str 
     return (latest.tags or {}).get(FINGERPRINT_TAG) if latest else None
 
 
-def _materialization(root: Path, instance: "dg.DagsterInstance", graph: "dg.AssetGraph", stage: Stage, key: str | None) -> "dg.AssetMaterialization":
+def _materialization(root: Path, instance: "dg.DagsterInstance", graph: "dg.AssetGraph", stage: Stage, key: str | None,
+                     run: str) -> "dg.AssetMaterialization":
     """What Dagster would have logged had it built the artifact just now, after all of its inputs.
 
     Without the versions and the event ids of the inputs it would show everything as stale.
@@ -83,7 +87,7 @@ def _materialization(root: Path, instance: "dg.DagsterInstance", graph: "dg.Asse
         if event and logged:
             tags[f"dagster/input_data_version/{upstream.to_user_string()}"] = (logged.tags or {})["dagster/data_version"]
             tags[f"dagster/input_event_pointer/{upstream.to_user_string()}"] = str(event.storage_id)
-    return dg.AssetMaterialization(stage.asset, partition=key, tags=tags, metadata=preview.metadata(root, stage.name, key))
+    return dg.AssetMaterialization(stage.asset, partition=key, tags=tags, metadata=preview.metadata(root, stage.name, key, run))
 
 
 def latest_event(instance: "dg.DagsterInstance", asset: "dg.AssetKey") -> "dg.EventLogRecord | None":

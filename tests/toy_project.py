@@ -52,9 +52,19 @@ def build(config, inputs, out_dir, context):
                               "image_sha256": [f"{digest}1", f"{digest}2"], "width": 8, "height": 8})
         table["split"], table["role"], table["labelled"] = ["train", "test"], ["align", "held_out"], False
         table.to_parquet(out_dir / "manifest.parquet", index=False)
-    if stage.startswith("sample_"):
-        np.save(out_dir / "images.npy", np.full((2, 8, 8, 3), int(digest[:2], 16), np.uint8))
+    if stage in ("data", "references") or stage.startswith("sample_"):
+        masks = np.zeros((2, 8, 8), np.uint8)
+        masks[:, 2:6, 2:6] = 1
+        np.save(out_dir / "masks.npy", masks)
+        if stage != "sample_masks":
+            np.save(out_dir / "images.npy", np.full((2, 8, 8, 3), int(digest[:2], 16), np.uint8))
+        if stage.startswith("sample_"):
+            pd.DataFrame({"pair_id": ["p", "q"]}).to_parquet(out_dir / "manifest.parquet", index=False)
+    if stage == "align":
+        pd.DataFrame({"step": [0, 2], "held_out_reward": [-2.0, -1.0], "failed": "", "best": [False, True]}).to_parquet(out_dir / "gates.parquet")
+        return {"diversity_ratio": 0.9, "agreement_ratio": 1.0}
     if stage == "filter":
+        pd.DataFrame({"pair_id": ["p", "q"], "kept": True, "reason": "", "agreement": [0.8, 0.9]}).to_parquet(out_dir / "manifest.parquet")
         return {"kept_fraction": 1.0}
     if stage == "evaluate":
         pd.DataFrame({"pair_id": ["p"], "kept": True, "bank": "references", "flagged": False}).to_parquet(out_dir / "copying.parquet")

@@ -1,0 +1,52 @@
+"""What Dagster says of each asset beyond the registry's one sentence: its place in the paper, what is in it, kinds."""
+
+from alignflow_core.stages import Stage
+
+PAPER = "[arXiv 2604.02868](https://arxiv.org/abs/2604.02868)"
+
+# stage -> (where in the paper, what else is worth knowing); a stage without an entry is described by the registry alone
+ABOUT: dict[str, tuple[str, str]] = {
+    "data": ("Settings: source and target domains.",
+             "Holds `images.npy`, `masks.npy` and a manifest with the split, the patient group and the SHA-256 of every file."),
+    "references": ("Settings: the few reference images of a target.",
+                   "Most of them are aligned to; the last ones only steer when alignment stops. Labels are used where an arm says so."),
+    "mask_flow": ("Mask synthesis: a second flow matching model.",
+                  "One channel a class; nested classes are nested channels. Its weights are the average over training."),
+    "image_flow": ("Stage 1: denoising loss on the source alone.",
+                   "The mask is given as signed distance and regions beside the noise. All targets start from these weights."),
+    "labeller": ("Not in the paper.",
+                 "Stage 2 compares images region by region; this segmenter finds the regions of unlabelled references, and is retrained on "
+                 "aligned pairs between rounds."),
+    "align": ("Stage 2: alignment loss and denoising loss together.",
+              "`gates.parquet` is what was seen at every look at a fixed set of samples, `verdict.json` why each round ended. "
+              "The weights are those of the best reward on held-out references that kept every gate."),
+    "sample_masks": ("Mask synthesis and its post-processing.",
+                     "Real training masks, drawn ones or both in turn; implausible ones and near copies of training masks are refused."),
+    "sample_stage1": ("Synthesis before alignment.", "Image *i* comes from the same mask and noise as image *i* after alignment."),
+    "sample_aligned": ("Synthesis after alignment.", "Image *i* comes from the same mask and noise as image *i* of stage 1; its seed is its own."),
+    "filter": ("Not in the paper, which keeps all pairs.",
+               "Every pair with its scores, and if it is refused the first reason. What is exported are the pairs kept here."),
+    "segment_source": ("Downstream use: segmenters without a target.", "One network per arm and seed, all with the same number of optimiser steps."),
+    "segment_target": ("Downstream use: segmenters with synthetic pairs.",
+                       "One network per arm and seed, chosen on *source* validation; only the oracle may look at target labels."),
+    "evaluate": ("Tables of Dice and IoU, distances between image sets.",
+                 "Every value per image, class, arm and seed; distances beside that between two halves of the real target; copies of real images."),
+    "compare": ("Not in the paper.", "Bootstrap intervals over patients, paired differences, signed-rank tests adjusted over all arms and targets."),
+    "report": ("Figures.", "`index.html` needs nothing besides itself. It shows references, so it stays on this machine."),
+}
+NETWORKS, ARRAYS, TABLES, PAGE = {"pytorch", "dvc", "mlflow"}, {"numpy", "parquet", "dvc"}, {"pandas", "parquet", "mlflow"}, {"html", "dvc"}
+KINDS = {"data": ARRAYS, "references": ARRAYS, "sample_masks": ARRAYS, "sample_stage1": ARRAYS, "sample_aligned": ARRAYS, "filter": TABLES,
+         "evaluate": TABLES, "compare": TABLES, "report": PAGE}  # Dagster shows at most three; the other stages train networks
+
+
+def description(stage: Stage) -> str:
+    """Markdown: what the artifact is, where in the paper, what computes it."""
+    place, more = ABOUT.get(stage.name, ("", ""))
+    file = f"alignflow_core/{stage.function.partition(':')[0]}.py"
+    paper = f"**{place}** ({PAPER})" if place else ""
+    return "\n\n".join(part for part in (f"{stage.description} {more}".strip(), paper, f"Computed by `{file}`, stage `{stage.name}`.") if part)
+
+
+def kinds(stage: Stage) -> set[str]:
+    """What the artifact consists of."""
+    return KINDS.get(stage.name, NETWORKS)

@@ -1,0 +1,174 @@
+"""Cancelled or killed, whoever asked for a stage takes the whole process tree along: DVC, its shell, the training and what that started."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+from toy_project import REPOSITORY
+
+from alignflow_core.errors import InputError, StageError
+from pipelines import resources
+from pipelines.guardian import STEPS, STOP_SECONDS
+
+STAGE = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+
+asked = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: asked.append(1))
+other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"], start_new_session=True)  # as torchrun starts its workers
+Path("pids").write_text(f"{os.getpid()} {other.pid}")
+Path("pids").rename("pids.txt")
+while "stubborn" in sys.argv or not asked:
+    time.sleep(0.1)
+time.sleep(1)  # the step at hand, and the writing of its state
+Path("saved").touch()
+other.kill()
+sys.exit(130)
+"""
+CALLER = "import sys; from pathlib import Path; from pipelines.resources import run_guarded; run_guarded(sys.argv[1:], Path('.'))"
+DVC = [sys.executable, "-m", "dvc", "repro", "--single-item", "training"]
+LIMIT = 10.0
+
+
+@pytest.fixture
+def caller(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that has asked DVC for a stage, in its folder; the stage is running."""
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=tmp_path, check=True)
+    (tmp_path / "stage.py").write_text(STAGE)
+    (tmp_path / "dvc.yaml").write_text(f"stages: {{training: {{cmd: python stage.py {request.param}, outs: [out]}}}}")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_NO_ANALYTICS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", CALLER, *DVC], cwd=tmp_path, env=environment)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def tree_below(process: "subprocess.Popen[bytes]", folder: Path) -> list[psutil.Process]:
+    """Every process that the caller started, once the stage is running; the stage comes last but one."""
+    until = time.monotonic() + 60
+    while not (folder / "pids.txt").exists():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    own = [psutil.Process(int(pid)) for pid in (folder / "pids.txt").read_text().split()]
+    above = [each for each in psutil.Process(process.pid).children(recursive=True) if each not in own]
+    assert len(above) >= 2, "at least the guardian and DVC"
+    return [*above, *own]
+
+
+def left_after(tree: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Who still runs then; a dead process that nobody has collected yet does not."""
+    until = time.monotonic() + seconds
+    while (left := [each for each in tree if running(each)]) and time.monotonic() < until:
+        time.sleep(0.05)
+    return left
+
+
+def running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_the_steps_fit_into_the_time() -> None:
+    assert sum(seconds for _, seconds in STEPS) <= STOP_SECONDS < LIMIT
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly), signal.SIGKILL])
+@pytest.mark.parametrize("caller", ["saving"], indirect=True)
+def test_a_training_saves_its_state_and_is_gone(caller: "subprocess.Popen[bytes]", tmp_path: Path, number: int) -> None:
+    tree = tree_below(caller, tmp_path)
+    started = time.monotonic()
+    caller.send_signal(number)
+    assert left_after(tree, LIMIT) == []
+    assert (tmp_path / "saved").exists()
+    assert time.monotonic() - started < STEPS[0][1], "it left on the interrupt, not later"
+
+
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.nightly), signal.SIGKILL])
+@pytest.mark.parametrize("caller", ["stubborn"], indirect=True)
+def test_what_ignores_signals_is_killed_in_time(caller: "subprocess.Popen[bytes]", tmp_path: Path, number: int) -> None:
+    tree = tree_below(caller, tmp_path)
+    caller.send_signal(number)
+    assert left_after(tree, LIMIT) == []
+    assert not (tmp_path / "saved").exists()
+    caller.wait(5)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("caller", ["saving"], indirect=True)
+def test_a_second_interrupt_leaves_nothing_either(caller: "subprocess.Popen[bytes]", tmp_path: Path) -> None:
+    tree = tree_below(caller, tmp_path)
+    caller.send_signal(signal.SIGINT)
+    time.sleep(0.4)
+    caller.send_signal(signal.SIGINT)
+    caller.wait(5)
+    assert left_after(tree, LIMIT) == []
+    assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("caller", ["stubborn"], indirect=True)
+def test_the_guardian_killed_by_hand_takes_the_training_along(caller: "subprocess.Popen[bytes]", tmp_path: Path) -> None:
+    tree = tree_below(caller, tmp_path)
+    next(each for each in tree if "guardian.py" in " ".join(each.cmdline())).kill()
+    assert caller.wait(5) == 1
+    assert left_after(tree[:-1], 2) == []  # the last has a session of its own: only the guardian knew of it
+    tree[-1].kill()
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", f"import os, sys; {code}"]
+
+
+@pytest.mark.parametrize(("code", "kind", "says"), [
+    ("print('error: a.png: broken; replace it', file=sys.stderr); print('error: b.png: empty', file=sys.stderr); sys.exit(2)", InputError,
+     "a.png: broken; replace it\nb.png: empty"),
+    ("print('error: filter refused all 8 pairs', file=sys.stderr); sys.exit(1)", StageError, "filter refused all 8 pairs"),
+    ("sys.exit(1)", StageError, "exit code 1"),
+    ("os.kill(os.getpid(), 9)", resources.TransientStageError, "was killed (SIGKILL)"),
+    ("sys.exit(143)", resources.TransientStageError, "was killed (SIGTERM)"),
+    ("raise MemoryError", resources.TransientStageError, "memory"),
+    ("print('error: x.lock: in use by pid 7 on host; wait', file=sys.stderr); sys.exit(2)", resources.TransientStageError, "in use by pid 7"),
+    ("print('ERROR: failed to run: x, exited with -9', file=sys.stderr); sys.exit(255)", resources.TransientStageError, "was killed (SIGKILL)"),
+    ("print('error: bad\\nERROR: failed to run: x, exited with 2', file=sys.stderr); sys.exit(255)", InputError, "bad"),
+])
+def test_what_an_exit_means(tmp_path: Path, code: str, kind: type[Exception], says: str) -> None:
+    with pytest.raises(kind) as caught:
+        resources.run_guarded(python(code), tmp_path)
+    assert type(caught.value) is kind and says in str(caught.value)
+
+
+def test_what_a_command_says_is_passed_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    resources.run_guarded(python("print('step 7', file=sys.stderr)"), tmp_path)
+    assert capfd.readouterr().err == "step 7\n"
+
+
+def test_all_threads_are_stopped_at_once_and_start_nothing_new(tmp_path: Path) -> None:
+    def sleep(number: int) -> str:
+        with pytest.raises(StageError) as caught:
+            resources.run_guarded(python(f"import time; open('{number}', 'w').close(); time.sleep(60)"), tmp_path)
+        return str(caught.value)
+
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(sleep, number) for number in range(2)]
+        until = time.monotonic() + 30
+        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        try:
+            resources.stop_all()
+            assert all("was stopped" in future.result(1) for future in running)
+            assert "was stopped" in pool.submit(sleep, 2).result(LIMIT), "a failure of its own would be tried again"
+        finally:
+            resources.STOPPING.clear()
+    assert not resources.RUNNING
