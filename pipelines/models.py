@@ -103,7 +103,7 @@ def register(store: "MlflowClient", root: Path, project: Project, node: Node, ru
         _upload(store, str(version.run_id), values, measurement)
         tags = {"measured_by": f"Dice of arm {model.arm}", "dice": f"{values['dice'].mean():.4f}", "n_images": str(len(values)), "verdict": verdict}
         for name, value in tags.items():
-            store.set_model_version_tag(model.name, version.version, name, value)
+            store.set_model_version_tag(model.name, str(version.version), name, value)
 
 
 def measure(root: Path, project: Project, model: Model) -> "pd.DataFrame":
@@ -162,9 +162,9 @@ def _judge(store: "MlflowClient", model: Model, version: "ModelVersion", values:
     """Move the alias if the version has earned it; says why or why not."""
     champion = _champion(store, model.name)
     if champion is None:
-        store.set_registered_model_alias(model.name, CHAMPION, version.version)
+        store.set_registered_model_alias(model.name, CHAMPION, str(version.version))
         return "champion: the first version"
-    if champion.version == version.version:
+    if str(champion.version) == str(version.version):  # a number or its digits, as MLflow pleases
         return "champion, measured again"
     old = _download(store, champion, measurement)
     if old is None:
@@ -174,7 +174,7 @@ def _judge(store: "MlflowClient", model: Model, version: "ModelVersion", values:
         return f"not compared: too few test images in common with version {champion.version}"
     units, mean, low, high = found
     if low > 0:
-        store.set_registered_model_alias(model.name, CHAMPION, version.version)
+        store.set_registered_model_alias(model.name, CHAMPION, str(version.version))
     return (f"{'champion' if low > 0 else 'no champion'}: Dice {mean:+.4f} [{low:+.4f}, {high:+.4f}] against version {champion.version}, "
             f"over {units} patients, sequences or images")
 
