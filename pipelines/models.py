@@ -163,9 +163,9 @@ def _judge(store: "MlflowClient", model: Model, version: "ModelVersion", values:
     champion = _champion(store, model.name)
     if champion is None:
         store.set_registered_model_alias(model.name, CHAMPION, str(version.version))
-        return "champion: the first version"
+        return "became champion: the first version"
     if str(champion.version) == str(version.version):  # a number or its digits, as MLflow pleases
-        return "champion, measured again"
+        return "is champion, measured again"
     old = _download(store, champion, measurement)
     if old is None:
         return f"not compared: version {champion.version} was measured with other settings"
@@ -175,7 +175,7 @@ def _judge(store: "MlflowClient", model: Model, version: "ModelVersion", values:
     units, mean, low, high = found
     if low > 0:
         store.set_registered_model_alias(model.name, CHAMPION, str(version.version))
-    return (f"{'champion' if low > 0 else 'no champion'}: Dice {mean:+.4f} [{low:+.4f}, {high:+.4f}] against version {champion.version}, "
+    return (f"{'became' if low > 0 else 'did not become'} champion: Dice {mean:+.4f} [{low:+.4f}, {high:+.4f}] against version {champion.version}, "
             f"over {units} patients, sequences or images")
 
 

@@ -124,7 +124,7 @@ def test_the_champion_changes_only_where_the_interval_lies_above_0(root: Path, g
         assert set(versions(root, name)) == {"1", "2"}
         assert champion(root, name) == ("2" if moves else "1")
         verdict = versions(root, name)["2"].tags["verdict"]
-        assert f"{gain.mean():+.4f} [" in verdict and verdict.startswith("champion" if moves else "no champion"), verdict
+        assert f"{gain.mean():+.4f} [" in verdict and verdict.startswith("became" if moves else "did not become"), verdict
 
 
 def test_compared_after_the_champion_s_artifact_is_gone(root: Path) -> None:
@@ -153,7 +153,7 @@ def test_not_compared_on_other_images_or_with_another_instrument(root: Path) -> 
     give_values(root, "amber", np.zeros(N))
     register(root)
     assert set(versions(root, "aligned-amber")) == {"1", "2"}
-    assert versions(root, "aligned-amber")["1"].tags["verdict"] == "champion, measured again"
+    assert versions(root, "aligned-amber")["1"].tags["verdict"] == "is champion, measured again"
     give_networks(root, "third")
     give_values(root, "amber", np.full(N, 0.05))
     register(root)
