@@ -23,7 +23,7 @@ from alignflow_core.config import ARMS, SHARED_ARMS, Project, load_project
 from alignflow_core.runner import provenance_file
 from alignflow_core.stages import STAGES, artifact_dir, node_id
 from pipelines import models
-from pipelines.versions import Versions
+from pipelines.versions import DIGEST_LENGTH, Versions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -296,7 +296,7 @@ def compare_table(root: Path, metric: str = "dice") -> str:
     rows = []
     for target, run in sorted(newest.items()):
         names = {arm: f"{metric}_{_plain(arm)}" for arm in ARMS}
-        content = run.data.tags["content"]
+        content = run.data.tags["content"][:DIGEST_LENGTH]
         cells = {arm: _cell(run.data.metrics[name], intervals.get((content, target, arm))) for arm, name in names.items() if name in run.data.metrics}
         rows.append({axis: run.data.tags.get(axis, "") for axis in ("target", "reward", "n_references", "gradient")} | cells)
     if not any(arm in row for row in rows for arm in ARMS):
@@ -318,7 +318,7 @@ def _intervals(store: "MlflowClient", experiments: list[str], metric: str) -> di
     if not runs:
         return {}
     datasets = [each.dataset for each in (runs[0].inputs.dataset_inputs if runs[0].inputs else [])]
-    read = {each.name.partition("@")[2]: json.loads(each.source)["content"] for each in datasets}
+    read = {each.name.partition("@")[2]: json.loads(each.source).get("content", each.digest)[:DIGEST_LENGTH] for each in datasets}
     table = json.loads(Path(store.download_artifacts(runs[0].info.run_id, "comparison.json")).read_text(encoding="utf-8"))
     rows = (dict(zip(table["columns"], row, strict=True)) for row in table["data"])
     return {(read[row["target"]], row["target"], row["arm"]): (row["mean"], row["ci_low"], row["ci_high"]) for row in rows if row["metric"] == metric}

@@ -178,3 +178,34 @@ def test_nothing_of_a_network_that_is_no_longer_the_measured_one(root: Path) -> 
     write_json(file, read_json(file) | {"content": "another"})
     register(root)
     assert not tracking.client(root).search_registered_models()
+
+
+@pytest.mark.nightly
+def test_real_networks_come_back_from_the_registry(smoke_root: Path) -> None:
+    import torch
+
+    from alignflow_core.networks import velocity_unet
+    from alignflow_core.networks.segmenters import load_segmenter
+    from pipelines.local import run_all
+
+    run_all(smoke_root, quiet=True)
+    store = tracking.client(smoke_root)
+    experiments = [each.experiment_id for each in store.search_experiments()]
+    count = len(store.search_runs(experiments))
+    run_all(smoke_root, quiet=True)
+    assert len(store.search_runs(experiments)) == count
+    targets = load_project(smoke_root / "params.yaml").targets
+    names = {"image-flow", *(f"{kind}-{target}" for kind in ("aligned", "segmenter") for target in targets)}
+    assert {each.name for each in store.search_registered_models()} == names
+    for name in names:
+        version = store.get_model_version_by_alias(name, models.CHAMPION)
+        folder = Path(store.get_model_version_download_uri(name, version.version).removeprefix("file://"))
+        if name.startswith("segmenter"):
+            load_segmenter(folder / "seed0", torch.device("cpu"))
+        else:
+            velocity_unet.load(folder)
+        values = read_json(smoke_root / artifact_dir("evaluate", name.partition("-")[2]) / "metrics.json") if name.startswith("aligned") else {}
+        assert values.get("dice_aligned", float(version.tags["dice"])) == pytest.approx(float(version.tags["dice"]), abs=1e-4)
+    figures = {file.name for file in (smoke_root / "mlruns").rglob("*.svg")}
+    assert figures == {"dice.svg", "gates.svg"}
+    assert not [file for file in (smoke_root / "mlruns").rglob("*") if file.suffix in (".npy", ".png", ".jpg", ".html")]
