@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 REPOSITORY = Path(__file__).parents[1]
-PLUMBING = ("__init__", "__main__", "artifact", "config", "errors", "reward/__init__", "reward/registry", "runner", "stages", "validation")
+PLUMBING = ("__init__", "__main__", "artifact", "config", "errors", "reward/__init__", "reward/registry", "runner", "stages", "usage",
+            "validation")
 MODULES = ("data", "mask_flow", "image_flow", "sample", "segment", "labeller", "align", "reward/distances", "reward/statconv", "filtering",
            "evaluate", "compare", "report")
 TARGETS = ("amber", "dim")
@@ -70,9 +71,10 @@ def build(config, inputs, out_dir, context):
         pd.DataFrame({"pair_id": ["p"], "kept": True, "bank": "references", "flagged": False}).to_parquet(out_dir / "copying.parquet")
         return {"dice_source": 0.5, "dice_aligned": 0.75, "copy_chance_limit_references": 1.0}
     if stage == "compare":
-        rows = [(name.partition(":")[2], arm, "source", "dice", 9, mean, mean - .1, mean + .1)
-                for name in inputs for arm, mean in (("source", .5), ("aligned", .75))]
-        table = pd.DataFrame(rows, columns=["target", "arm", "baseline", "metric", "n", "mean", "ci_low", "ci_high"])
+        rows = [(name.partition(":")[2], arm, "source", "dice", 9, mean, mean - .1, mean + .1, difference, difference - .1, difference + .1)
+                for name in inputs for arm, mean, difference in (("source", .5, np.nan), ("aligned", .75, .25))]
+        table = pd.DataFrame(rows, columns=["target", "arm", "baseline", "metric", "n", "mean", "ci_low", "ci_high",
+                                            "difference", "diff_ci_low", "diff_ci_high"])
         table.to_parquet(out_dir / "comparison.parquet", index=False)
         table.to_csv(out_dir / "comparison.csv", index=False)
     if stage == "report":
