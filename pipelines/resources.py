@@ -14,9 +14,10 @@ import dagster as dg
 
 from alignflow_core.config import load_project
 from alignflow_core.errors import InputError, StageError
-from alignflow_core.runner import plan_stage, run_stage
+from alignflow_core.runner import is_current, plan_stage, run_stage
 from alignflow_core.stages import STAGES, node_id
 from pipelines import guardian
+from pipelines.versions import Versions
 
 KILLED = (128 + signal.SIGKILL, 128 + signal.SIGTERM)  # by the kernel for want of memory, by a scheduler that wants the machine back
 SIGNS = ("OutOfMemoryError", "MemoryError", "out of memory", "in use by pid", "is being blocked by", "Unable to acquire lock")
@@ -61,7 +62,9 @@ class StageRunner(dg.ConfigurableResource):
             return
         if not (root / ".dvc").is_dir():
             raise InputError(f"{root}: not a DVC project; run 'git init' and 'dvc init' there, or choose the inline runner")
-        plan_stage(load_project(root / "params.yaml"), root, STAGES[stage], key)  # names a missing input better than DVC does
+        plan = plan_stage(load_project(root / "params.yaml"), root, STAGES[stage], key)  # names a missing input better than DVC does
+        if is_current(root, stage, key, plan) and Versions(root).known((stage, key)):
+            return  # what DVC would find out too, in a hundredth of the time
         dvc = [sys.executable, "-m", "dvc", "--wait-for-lock"]
         if STAGES[stage].raw and (root / "data.dvc").exists():  # 'repro' of a single item would leave new data without a version
             run_guarded([*dvc, "commit", "--quiet", "--force", "data.dvc"], root)

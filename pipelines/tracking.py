@@ -92,7 +92,7 @@ def _record(store: "MlflowClient", experiment: str, root: Path, project: Project
             FINGERPRINT: provenance["fingerprint"], **axes}
     started = int(1000 * provenance.get("started", time.time()))
     run_id = str(store.create_run(experiment, started, tags, node).info.run_id)
-    _log_numbers(store, run_id, root / artifact_dir(stage, key), axes | dict(_flat(provenance["params"])), _usage(provenance, started))
+    _log_numbers(store, run_id, root / artifact_dir(stage, key), dict(_flat(provenance["params"])) | axes, _usage(provenance, started))
     _log_inputs(store, run_id, root, project, provenance)
     _log_files(store, run_id, root, project, stage, key)
     if stage == "compare":

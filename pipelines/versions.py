@@ -48,15 +48,19 @@ class Versions:
         folder = provenance["params"][section][last]
         return _dataset(dotted, folder, provenance["raw"][dotted], self._md5((provenance["stage"], provenance["key"]), "deps", folder))
 
-    def _md5(self, node: Node, side: str, path: str) -> str | None:
-        """The hash of a dependency or an output of a stage, if the lock speaks of its artifact as it lies here."""
-        entry = self.locked.get(node_id(*node), {})
-        hashes = {each["path"]: each.get("md5") for each in entry.get("outs", [])}
+    def known(self, node: Node) -> bool:
+        """Whether the lock speaks of this stage's artifact as it lies here."""
         file = provenance_file(self.root, *node)
-        recorded = hashes.get(file.relative_to(self.root).as_posix())
-        if recorded is None or recorded != hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest():
-            return None
-        return {each["path"]: each.get("md5") for each in entry.get(side, [])}.get(path)
+        recorded = self._hashes(node, "outs").get(file.relative_to(self.root).as_posix())
+        return recorded is not None and file.exists() and recorded == hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()
+
+    def _md5(self, node: Node, side: str, path: str) -> str | None:
+        """The hash of a dependency or an output of a stage, if the lock is to be believed about it."""
+        return self._hashes(node, side).get(path) if self.known(node) else None
+
+    def _hashes(self, node: Node, side: str) -> dict[str, str]:
+        """Path -> hash of the ``deps`` or ``outs`` of a stage."""
+        return {each["path"]: each["md5"] for each in self.locked.get(node_id(*node), {}).get(side, []) if "md5" in each}
 
 
 def _dataset(name: str, path: str, content: str, md5: str | None) -> "Dataset":
