@@ -4,7 +4,7 @@ Layout under a project root::
 
     params.yaml                      configuration
     artifacts/<stage>[/<key>]/       the artifact: metrics.json, curves.parquet and the stage's own files
-    artifacts/<stage>[/<key>].json   its provenance: fingerprint, content hash, inputs, params, versions, seconds
+    artifacts/<stage>[/<key>].json   its provenance: fingerprint, content hash, inputs, params, versions, seconds, use of the machine
     .alignflow/work/<node>/          resumable state of an unfinished stage
     .alignflow/locks/                locks that die with their process
 """
@@ -31,6 +31,7 @@ from alignflow_core.artifact import exclusive, file_hash, file_hashes, json_hash
 from alignflow_core.config import Project, load_project
 from alignflow_core.errors import InputError
 from alignflow_core.stages import PACKAGE_DIR, STAGES, Stage, artifact_dir, node_id, source_files
+from alignflow_core.usage import sampled
 
 # Threads that wait for each other must sleep, not spin: on a machine with other work spinning made a step twenty times slower.
 # OpenMP reads this when torch is first imported, which stages do later.
@@ -204,7 +205,7 @@ def run_stage(root: Path, name: str, key: str | None = None, *, force: bool = Fa
         part_dir.mkdir(parents=True)
         spool = work_dir / "curves.jsonl"
         try:
-            with accelerator(stage, project, node, quiet), spool.open("a", encoding="utf-8") as stream:
+            with accelerator(stage, project, node, quiet), spool.open("a", encoding="utf-8") as stream, sampled() as usage:
                 started = time.time()
                 context = Context(key, root, work_dir, _logger(stream), _progress(node, quiet))
                 module, _, function = stage.function.partition(":")
@@ -223,7 +224,7 @@ def run_stage(root: Path, name: str, key: str | None = None, *, force: bool = Fa
             "inputs": plan.inputs, "raw": plan.raw, "raw_files": plan.raw_files, "code": plan.code,
             "code_files": plan.code_files, "seed": project.seed, "profile": project.profile,
             "versions": {p: version(p) for p in RECORDED_PACKAGES} | {"python": sys.version.split()[0]},
-            "seconds": round(time.time() - started, 1),
+            "started": round(started, 1), "seconds": round(time.time() - started, 1), "usage": usage,
         })
         shutil.rmtree(work_dir)
         return True

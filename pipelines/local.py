@@ -120,14 +120,16 @@ def run_all(root: Path, quiet: bool = False) -> Path:
     A stage interrupted earlier continues where it stopped. One line a stage goes to stderr.
     """
     from alignflow_core.runner import run_stage
-    from pipelines.tracking import record
+    from pipelines.tracking import attempt
 
     nodes = list(load_project(root / "params.yaml").graph.nodes())
     width = max(len(node_id(stage.name, key)) for stage, key in nodes)
     for number, (stage, key) in enumerate(nodes, 1):
         started = time.monotonic()
         ran = run_stage(root, stage.name, key, quiet=quiet)
-        record(root, stage.name, key)  # also of a stage found up to date: it may have been interrupted before it was tracked
+        lost = attempt(root, stage.name, key)  # also of a stage found up to date: it may have been interrupted before it was tracked
+        if lost:
+            print(f"{node_id(stage.name, key)}: {lost}; the same command makes up for it", file=sys.stderr, flush=True)
         if not quiet:
             state = f"built in {time.monotonic() - started:.1f} s" if ran else "up to date"
             print(f"[{number:2d}/{len(nodes)}] {node_id(stage.name, key):{width}}  {state}", file=sys.stderr, flush=True)

@@ -1,28 +1,41 @@
 """MLflow: one run per stage and key, comparable by target, reward, encoder, gradient and number of references.
 
 Metrics and curves are read from the artifact, which is their spool: nothing is lost while the tracker is gone.
-No image and no case id that is not opaque goes in; the report, which shows references, stays a file on this machine.
+No image and no name of a case goes in; the report, which shows references, stays a file on this machine.
+
+A comparison is the parent of one small run per target and arm. The evaluations themselves stay on their own: a run of MLflow has one parent,
+and an evaluation that nothing has changed is part of every later comparison too.
 """
 
+import base64
+import dataclasses
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignflow_core.artifact import file_hash, read_json
-from alignflow_core.config import ARMS, Project, load_project
+from alignflow_core.config import ARMS, SHARED_ARMS, Project, load_project
 from alignflow_core.runner import provenance_file
 from alignflow_core.stages import STAGES, artifact_dir, node_id
+from pipelines import models
+from pipelines.versions import DIGEST_LENGTH, Versions
 
 if TYPE_CHECKING:
+    import pandas as pd
     from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
 
 FINGERPRINT = "alignflow.fingerprint"
 RECORDED_AT = "alignflow.recorded_at"  # newest = the state of the project; a reverted one is found again, not recorded anew
-PARAM_BATCH, METRIC_BATCH, VALUE_LENGTH, DIGEST_LENGTH = 100, 1000, 6000, 36  # limits of MLflow
+PARENT, NOTE = "mlflow.parentRunId", "mlflow.note.content"  # MLflow's own
+TABLES = {"compare": ("comparison", "gap", "per_class"), "align": ("gates",), "evaluate": ("distances",)}  # none names a case
+PARAM_BATCH, METRIC_BATCH, VALUE_LENGTH = 100, 1000, 6000  # limits of MLflow
 
 
 def store_uri(root: Path) -> str:
@@ -30,8 +43,9 @@ def store_uri(root: Path) -> str:
     return f"sqlite:///{root.resolve() / 'mlflow.db'}"
 
 
+@cache
 def client(root: Path) -> "MlflowClient":
-    """Client of the project's store; the first call creates it (several seconds)."""
+    """Client of the project's store, one a process; the first call of all creates the store (several seconds)."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for chatty in ("alembic", "mlflow.store.db.utils"):  # 60 lines at the first call
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -41,7 +55,7 @@ def client(root: Path) -> "MlflowClient":
 
 
 def record(root: Path, stage: str, key: str | None) -> str:
-    """Record a built artifact, once; returns the id of its run.
+    """Record a built artifact, once, and register what it has measured (:mod:`pipelines.models`); returns the id of its run.
 
     Args:
         root: project root.
@@ -56,26 +70,51 @@ def record(root: Path, stage: str, key: str | None) -> str:
     project = load_project(root / "params.yaml")
     store = client(root)
     experiment = experiment_id(store, root, project)
-    node = node_id(stage, key)
-    now = f"{time.time():.6f}"
     # a fingerprint covers inputs, not outputs: a stage that was forced to run again may have another content
     query = f"tags.`{FINGERPRINT}` = '{provenance['fingerprint']}' and tags.content = '{provenance['content']}'"
     found = store.search_runs([experiment], query, max_results=1)
     if found and found[0].info.status == "FINISHED":
-        store.set_tag(found[0].info.run_id, RECORDED_AT, now)
-        return str(found[0].info.run_id)
-    if found:  # interrupted while it was being recorded
-        store.delete_run(found[0].info.run_id)
-    axes = _axes(root, project, stage, key)
+        run_id = str(found[0].info.run_id)
+    else:
+        for run in found:  # interrupted while it was being recorded
+            _delete(store, experiment, run)
+        run_id = _record(store, experiment, root, project, provenance)
+    store.set_tag(run_id, RECORDED_AT, f"{time.time():.6f}")
+    models.register(store, root, project, (stage, key), lambda *node: record(root, *node))
+    return run_id
+
+
+def _record(store: "MlflowClient", experiment: str, root: Path, project: Project, provenance: Mapping[str, Any]) -> str:
+    """A new run, which began and ended when the stage did."""
+    stage, key = provenance["stage"], provenance["key"]
+    node, axes = node_id(stage, key), _axes(root, project, stage, key)
     tags = {"stage": stage, "node": node, "content": provenance["content"], "profile": provenance["profile"],
             FINGERPRINT: provenance["fingerprint"], **axes}
-    run_id = str(store.create_run(experiment, run_name=node, tags=tags).info.run_id)
-    _log_numbers(store, run_id, root / artifact_dir(stage, key), axes | dict(_flat(provenance["params"])))
-    _log_inputs(store, run_id, project, provenance)
-    _log_files(store, run_id, root, stage, key)
-    store.set_tag(run_id, RECORDED_AT, now)
-    store.set_terminated(run_id, "FINISHED")
+    started = int(1000 * provenance.get("started", time.time()))
+    run_id = str(store.create_run(experiment, started, tags, node).info.run_id)
+    _log_numbers(store, run_id, root / artifact_dir(stage, key), axes | dict(_flat(provenance["params"])), _usage(provenance, started))
+    _log_inputs(store, run_id, root, project, provenance)
+    _log_files(store, run_id, root, project, stage, key)
+    if stage == "compare":
+        _log_arms(store, experiment, run_id, root, project, provenance)
+    store.set_terminated(run_id, "FINISHED", started + int(1000 * provenance["seconds"]))
     return run_id
+
+
+def _delete(store: "MlflowClient", experiment: str, run: "Run") -> None:
+    """A run and those nested in it."""
+    for child in store.search_runs([experiment], f"tags.`{PARENT}` = '{run.info.run_id}'"):
+        store.delete_run(child.info.run_id)
+    store.delete_run(run.info.run_id)
+
+
+def attempt(root: Path, stage: str, key: str | None) -> str | None:
+    """:func:`record` for those who would rather lose a record than a run: what went wrong, or ``None``."""
+    try:
+        record(root, stage, key)
+    except Exception as error:
+        return f"not recorded in MLflow ({error})"
+    return None
 
 
 def experiment_id(store: "MlflowClient", root: Path, project: Project) -> str:
@@ -110,45 +149,127 @@ def _flat(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
         yield where, str(value)
 
 
-def _log_numbers(store: "MlflowClient", run_id: str, folder: Path, params: Mapping[str, str]) -> None:
+def _usage(provenance: Mapping[str, Any], started: int) -> "list[Metric]":
+    """The machine while the stage ran, on MLflow's page "System metrics"; the step is the second."""
+    from mlflow.entities import Metric
+
+    return [Metric(f"system/{name}", float(value), started + int(1000 * sample["seconds"]), int(sample["seconds"]))
+            for sample in provenance.get("usage", []) for name, value in sample.items() if name != "seconds"]
+
+
+def _log_numbers(store: "MlflowClient", run_id: str, folder: Path, params: Mapping[str, str], metrics: "list[Metric]") -> None:
     """Params, final metrics and curves, in as few batches as MLflow allows."""
     import pandas as pd
     from mlflow.entities import Metric, Param
 
     now = int(time.time() * 1000)
     values = [Param(name, value[:VALUE_LENGTH]) for name, value in params.items()]
-    metrics = [Metric(name, float(value), now, 0) for name, value in read_json(folder / "metrics.json").items()]
+    metrics = [*metrics, *(Metric(name, float(value), now, 0) for name, value in read_json(folder / "metrics.json").items())]
     curves = pd.read_parquet(folder / "curves.parquet")
-    metrics += [Metric(f"curve/{name.replace('+', '_plus_')}", float(value), now, int(step)) for step, name, value in curves.itertuples(index=False)]
+    metrics += [Metric(f"curve/{_plain(name)}", float(value), now, int(step)) for step, name, value in curves.itertuples(index=False)]
     for start in range(0, len(values), PARAM_BATCH):
         store.log_batch(run_id, params=values[start:start + PARAM_BATCH])
     for start in range(0, len(metrics), METRIC_BATCH):
         store.log_batch(run_id, metrics=metrics[start:start + METRIC_BATCH])
 
 
-def _log_inputs(store: "MlflowClient", run_id: str, project: Project, provenance: Mapping[str, Any]) -> None:
-    """Input artifacts and raw folders as datasets, named by node, with their content hashes as digests."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
+def _plain(name: str) -> str:
+    """A metric's name as MLflow allows it."""
+    return name.replace("+", "_plus_")
 
+
+def _log_inputs(store: "MlflowClient", run_id: str, root: Path, project: Project, provenance: Mapping[str, Any]) -> None:
+    """Input artifacts and raw folders as datasets, named by node."""
+    from mlflow.entities import DatasetInput, InputTag
+
+    versions = Versions(root)
     nodes = project.graph.inputs(STAGES[provenance["stage"]], provenance["key"])
-    datasets = {node_id(*nodes[name]) if name in nodes else name: digest for name, digest in provenance["inputs"].items()}
-    inputs = [DatasetInput(Dataset(name, digest[:DIGEST_LENGTH], "artifact", '{"kind": "content hash"}'), [InputTag("mlflow.data.context", "input")])
-              for name, digest in (datasets | dict(provenance["raw"])).items()]
-    if inputs:
-        store.log_inputs(run_id, inputs)
+    found = [versions.artifact(nodes[name], content) for name, content in provenance["inputs"].items() if name in nodes]
+    found += [versions.raw(provenance, dotted) for dotted in provenance["raw"]]
+    if found:
+        store.log_inputs(run_id, [DatasetInput(each, [InputTag("mlflow.data.context", "input")]) for each in found])
 
 
-def _log_files(store: "MlflowClient", run_id: str, root: Path, stage: str, key: str | None) -> None:
-    """The comparison as a table; of the report only where it lies."""
+def _log_files(store: "MlflowClient", run_id: str, root: Path, project: Project, stage: str, key: str | None) -> None:
+    """Tables and figures, none of which shows an image or names a case; of the report only where it lies."""
     import pandas as pd
 
     folder = root / artifact_dir(stage, key)
-    if stage == "compare":
-        store.log_table(run_id, pd.read_parquet(folder / "comparison.parquet"), "comparison.json")
+    for name in TABLES.get(stage, ()):
+        if (folder / f"{name}.parquet").exists():
+            store.log_table(run_id, pd.read_parquet(folder / f"{name}.parquet"), f"{name}.json")
+    for name, uri in _figures(folder, project, stage).items():
+        store.log_text(run_id, base64.b64decode(uri.partition(",")[2]).decode(), f"figures/{name}.svg")
     page = folder / "index.html"
     if stage == "report" and page.exists():
         store.set_tag(run_id, "report", page.relative_to(root).as_posix())
         store.set_tag(run_id, "report_sha256", file_hash(page))
+
+
+def _figures(folder: Path, project: Project, stage: str) -> dict[str, str]:
+    """Name -> figure as the report draws it."""
+    import pandas as pd
+
+    if stage == "align" and (folder / "gates.parquet").exists():
+        from alignflow_core import figures
+
+        return {"gates": figures.gates(pd.read_parquet(folder / "gates.parquet"))}
+    if stage != "compare":
+        return {}
+    from alignflow_core import figures
+
+    table = pd.read_parquet(folder / "comparison.parquet").query("metric == 'dice'")
+    bases = [name for name, target in project.targets.items() if target.variant_of is None]
+    ablations = {base: _ablation(table, project, base) for base in bases}
+    return {"dice": figures.forest(table.drop_duplicates(["target", "arm"]), bases, "Dice, mean over held-out test images"),
+            **{f"ablation-{base}": figures.ablation(rows) for base, rows in ablations.items() if len(rows) > 1}}
+
+
+def _ablation(table: "pd.DataFrame", project: Project, base: str) -> list[dict[str, Any]]:
+    """Difference to stage 1 of a target and of its variants, ``aligned+filtered`` where there is one."""
+    rows = []
+    for name in (base, *(name for name, target in project.targets.items() if target.variant_of == base)):
+        arms = table[(table["target"] == name) & (table["baseline"] == "stage1")].set_index("arm")
+        arm = next((each for each in ("aligned+filtered", "aligned") if each in arms.index), None)
+        if arm is not None:
+            rows.append({"name": name, **{str(column): value for column, value in arms.loc[arm].items()}})
+    return rows
+
+
+def _log_arms(store: "MlflowClient", experiment: str, parent: str, root: Path, project: Project, provenance: Mapping[str, Any]) -> None:
+    """One run per target and arm below the comparison: what a chart of ablations takes for a line.
+
+    Params are the settings of the target, under names that all targets share; arms that a variant has in common with its base are left out.
+    """
+    import pandas as pd
+    from mlflow.entities import Metric, Param
+
+    folder, now = root / artifact_dir("compare", None), int(time.time() * 1000)
+    table, numbers = pd.read_parquet(folder / "comparison.parquet"), read_json(folder / "metrics.json")
+    for names, rows in table.groupby(["target", "arm"], sort=False):
+        target, arm = map(str, names)
+        if project.targets[target].variant_of and arm in SHARED_ARMS:
+            continue
+        axes = _axes(root, project, "evaluate", target) | {"arm": arm}
+        tags = axes | {PARENT: parent, "kind": "arm", "evaluation": provenance["inputs"][f"evaluate:{target}"], "profile": provenance["profile"]}
+        gap = f"gap_closed_{target}_{_plain(arm)}"
+        metrics = _arm_numbers(rows) | ({"gap_closed": numbers[gap]} if gap in numbers else {})
+        run_id = store.create_run(experiment, now, tags, f"{target} {arm}").info.run_id
+        store.log_batch(run_id, [Metric(name, value, now, 0) for name, value in metrics.items()],
+                        [Param(*each) for each in (dict(_flat(dataclasses.asdict(project.targets[target]))) | axes).items()])
+        store.set_terminated(run_id, "FINISHED", now)
+    store.set_tag(parent, NOTE, f"Targets and arms of this comparison alone: filter by ``tags.`{PARENT}` = '{parent}'`` "
+                                "and choose the arm with ``and tags.arm = 'aligned+filtered'``.")
+
+
+def _arm_numbers(rows: "pd.DataFrame") -> dict[str, float]:
+    """``dice``, ``dice_ci_low``, ``dice_minus_source``, ``dice_minus_source_ci_low`` … of one target and arm."""
+    found: dict[str, Any] = {}
+    for row in rows.to_dict("records"):
+        metric, difference = row["metric"], f"{row['metric']}_minus_{_plain(row['baseline'])}"
+        found |= {metric: row["mean"], f"{metric}_ci_low": row["ci_low"], f"{metric}_ci_high": row["ci_high"], difference: row["difference"],
+                  f"{difference}_ci_low": row["diff_ci_low"], f"{difference}_ci_high": row["diff_ci_high"]}
+    return {name: float(value) for name, value in found.items() if math.isfinite(value)}
 
 
 def compare_table(root: Path, metric: str = "dice") -> str:
@@ -176,7 +297,7 @@ def compare_table(root: Path, metric: str = "dice") -> str:
     intervals = _intervals(store, experiments, metric)
     rows = []
     for target, run in sorted(newest.items()):
-        names = {arm: f"{metric}_{arm.replace('+', '_plus_')}" for arm in ARMS}
+        names = {arm: f"{metric}_{_plain(arm)}" for arm in ARMS}
         content = run.data.tags["content"][:DIGEST_LENGTH]
         cells = {arm: _cell(run.data.metrics[name], intervals.get((content, target, arm))) for arm, name in names.items() if name in run.data.metrics}
         rows.append({axis: run.data.tags.get(axis, "") for axis in ("target", "reward", "n_references", "gradient")} | cells)
@@ -198,7 +319,8 @@ def _intervals(store: "MlflowClient", experiments: list[str], metric: str) -> di
     runs = store.search_runs(experiments, "tags.stage = 'compare'", order_by=[f"tags.`{RECORDED_AT}` DESC"], max_results=1)
     if not runs:
         return {}
-    read = {each.dataset.name.partition("@")[2]: each.dataset.digest for each in (runs[0].inputs.dataset_inputs if runs[0].inputs else [])}
+    datasets = [each.dataset for each in (runs[0].inputs.dataset_inputs if runs[0].inputs else [])]
+    read = {each.name.partition("@")[2]: json.loads(each.source).get("content", each.digest)[:DIGEST_LENGTH] for each in datasets}
     table = json.loads(Path(store.download_artifacts(runs[0].info.run_id, "comparison.json")).read_text(encoding="utf-8"))
     rows = (dict(zip(table["columns"], row, strict=True)) for row in table["data"])
     return {(read[row["target"]], row["target"], row["arm"]): (row["mean"], row["ci_low"], row["ci_high"]) for row in rows if row["metric"] == metric}

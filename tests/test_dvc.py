@@ -1,11 +1,12 @@
 """The project through DVC's own commands: everything once, then nothing, then exactly what a change reaches."""
 
+import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
-from toy_project import REPOSITORY, calls, copied, rebuilt, replace_reference, run, set_param
+from toy_project import DOWNSTREAM_OF_REFERENCES, FAN_IN, REPOSITORY, calls, copied, rebuilt, replace_reference, run, set_param
 
 STAGE_COUNT = 3 + 8 + 2 * 6  # domains, shared, targets
 
@@ -62,3 +63,15 @@ def test_the_built_in_data_are_what_data_dvc_names(tmp_path: Path) -> None:
     run(tmp_path, "-m", "dvc", "add", "-q", "--no-commit", "data")
     named, drawn = (yaml.safe_load((folder / "data.dvc").read_text())["outs"][0]["md5"] for folder in (REPOSITORY, tmp_path))
     assert drawn == named
+
+
+@pytest.mark.nightly
+def test_an_experiment_over_every_target(built_toy: Path, tmp_path: Path) -> None:
+    root = copied(built_toy, tmp_path)
+    for command in (["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", *command], cwd=root, check=True)
+    run(root, "-m", "dvc", "exp", "run", "-q", "-S", "reward=mmd")
+    aligned_anew = [f"{stage}@{target}" for stage in DOWNSTREAM_OF_REFERENCES[1:] for target in ("amber", "dim")]
+    assert calls(root) == Counter([*aligned_anew, *FAN_IN])
+    shown = run(root, "-m", "dvc", "exp", "show", "--csv")
+    assert "mmd" in shown and "dice_aligned" in shown

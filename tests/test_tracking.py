@@ -1,14 +1,22 @@
-"""MLflow: one run per stage and key, found again instead of recorded twice; the comparison printed from them."""
+"""MLflow: one run per stage and key, found again instead of recorded twice; the comparison and what it is nested from."""
 
+import json
 import shutil
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 from toy_project import copied, run, set_param
 
+from alignflow_core.artifact import read_json, tree_hash, write_json
 from alignflow_core.config import load_project
 from alignflow_core.errors import InputError
+from alignflow_core.runner import provenance_file
 from alignflow_core.stages import node_id
+from alignflow_core.usage import sampled
 from pipelines import tracking
 
 RECORD = """
@@ -18,6 +26,7 @@ from pipelines.tracking import record
 for stage, key in load_project(Path("params.yaml")).graph.nodes():
     record(Path("."), stage.name, key)
 """
+BUILD = RECORD.replace("pipelines.tracking import record", "alignflow_core.runner import run_stage").replace("record(", "run_stage(")
 COMPARE = "from pathlib import Path; from pipelines.tracking import compare_table; print(compare_table(Path('.')))"
 
 
@@ -28,16 +37,106 @@ def tracked(built_toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def runs_of(root: Path) -> list:
+def runs_of(root: Path, query: str = "") -> list:
     store = tracking.client(root)
-    return list(store.search_runs([e.experiment_id for e in store.search_experiments()]))
+    return list(store.search_runs([e.experiment_id for e in store.search_experiments()], query))
 
 
 def test_one_run_per_stage_and_key(tracked: Path) -> None:
-    names = sorted(each.info.run_name for each in runs_of(tracked))
+    every = runs_of(tracked)
+    names = sorted(each.info.run_name for each in every if tracking.PARENT not in each.data.tags)
     assert names == sorted(node_id(stage.name, key) for stage, key in load_project(tracked / "params.yaml").graph.nodes())
     run(tracked, "-c", RECORD)
-    assert len(runs_of(tracked)) == len(names)
+    assert len(runs_of(tracked)) == len(every)
+
+
+def nested_in(root: Path, parent: str) -> dict:
+    return {each.info.run_name: each for each in runs_of(root, f"tags.`{tracking.PARENT}` = '{parent}'")}
+
+
+def test_a_comparison_is_the_parent_of_its_targets_and_arms(tracked: Path, tmp_path: Path) -> None:
+    root = copied(tracked, tmp_path)
+    first, = runs_of(root, "tags.stage = 'compare'")
+    arms = nested_in(root, first.info.run_id)
+    assert sorted(arms) == ["amber aligned", "amber source", "dim aligned", "dim source"]
+    aligned = arms["amber aligned"].data
+    assert aligned.metrics == {"dice": 0.75, "dice_ci_low": pytest.approx(0.65), "dice_ci_high": pytest.approx(0.85), "dice_minus_source": 0.25,
+                               "dice_minus_source_ci_low": pytest.approx(0.15), "dice_minus_source_ci_high": pytest.approx(0.35)}
+    assert set(arms["amber source"].data.metrics) == {"dice", "dice_ci_low", "dice_ci_high"}
+    assert {"target": "amber", "arm": "aligned", "reward": "frechet", "n_references": "2", "generator_seed": "0"}.items() <= aligned.tags.items()
+    assert {"arm": "aligned", "align.rho": "0.3", "references.count": "2"}.items() <= aligned.params.items(), "names that all targets share"
+    assert aligned.tags["evaluation"] == read_json(provenance_file(root, "evaluate", "amber"))["content"]
+    # a variant has the arms of its own only; the earlier comparison keeps its runs
+    params = yaml.safe_load((root / "params.yaml").read_text())
+    params["targets"]["dim-skl"] = params["targets"]["dim"] | {"variant_of": "dim", "align": params["targets"]["dim"]["align"] | {"reward": "skl"}}
+    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    run(root, "-c", BUILD)
+    newest = tracking.record(root, "compare", None)
+    assert sorted(nested_in(root, newest)) == sorted([*arms, "dim-skl aligned"])
+    assert {each.info.run_id for each in nested_in(root, first.info.run_id).values()} == {each.info.run_id for each in arms.values()}
+
+
+def test_an_interrupted_comparison_is_recorded_anew(tracked: Path, tmp_path: Path) -> None:
+    root = copied(tracked, tmp_path)
+    first, = runs_of(root, "tags.stage = 'compare'")
+    store = tracking.client(root)
+    store.update_run(first.info.run_id, "RUNNING")
+    store.delete_run(next(iter(nested_in(root, first.info.run_id).values())).info.run_id)
+    second = tracking.record(root, "compare", None)
+    assert second != first.info.run_id
+    assert len(nested_in(root, second)) == 4 and not nested_in(root, first.info.run_id)
+
+
+def test_digests_are_those_of_dvc_where_its_lock_knows_the_artifact(tracked: Path, tmp_path: Path) -> None:
+    lock = yaml.safe_load((tracked / "dvc.lock").read_text())["stages"]
+    datasets = {each.dataset.name: each.dataset for node in ("references@amber", "align@amber")
+                for each in runs_of(tracked, f"tags.node = '{node}'")[0].inputs.dataset_inputs}
+    expected = {"references@amber": ("references@amber", "outs", "artifacts/references/amber"),
+                "image_flow": ("image_flow", "outs", "artifacts/image_flow"),
+                "targets.amber.references.dir": ("references@amber", "deps", "data/references/amber")}
+    for name, (node, side, path) in expected.items():
+        md5 = next(each["md5"] for each in lock[node][side] if each["path"] == path)
+        assert datasets[name].digest == md5 and len(md5) == 36 and "DVC" in datasets[name].profile
+        assert json.loads(datasets[name].source) == {"path": path, "md5": md5, "content": tree_hash(tracked / path)}
+    root = copied(tracked, tmp_path)
+    file = provenance_file(root, "references", "amber")  # built again by 'alignflow run': the lock is about an earlier build
+    write_json(file, read_json(file) | {"seconds": 9.0})
+    set_param(root, "skl", "targets", "amber", "align", "reward")
+    run(root, "-m", "alignflow_core", "stage", "align", "--target", "amber")
+    again = tracking.client(root).get_run(tracking.record(root, "align", "amber"))
+    newest = {each.dataset.name: each.dataset for each in again.inputs.dataset_inputs}
+    assert newest["references@amber"].digest == read_json(file)["content"][:36] and "AlignFlow" in newest["references@amber"].profile
+    assert "DVC" in newest["image_flow"].profile
+
+
+def test_use_of_the_machine(tracked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with sampled(interval=0.01, limit=8) as samples:
+        block = bytearray(200 * 2 ** 20)
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:
+            sum(range(1000))
+    assert 2 <= len(samples) < 8 and len(block) > 0, "thinned out"
+    assert max(each["memory_mb"] for each in samples) > 200 and max(each["cpu_percent"] for each in samples) > 10
+    cuda = SimpleNamespace(is_initialized=lambda: True, memory_reserved=lambda: 3 * 2 ** 20, utilization=lambda: 50)
+    monkeypatch.setitem(sys.modules, "torch.cuda", cuda)
+    with sampled(interval=0.01) as samples:
+        time.sleep(0.1)
+    assert samples[0]["gpu_memory_mb"] == 3.0 and samples[0]["gpu_percent"] == 50.0
+    root = copied(tracked, tmp_path)
+    file = provenance_file(root, "align", "amber")
+    usage = [{"seconds": 1.0, "cpu_percent": 90.0, "memory_mb": 500.0}, {"seconds": 2.0, "cpu_percent": 110.0, "memory_mb": 600.0}]
+    write_json(file, read_json(file) | {"fingerprint": "another", "started": 1000.0, "seconds": 2.5, "usage": usage})
+    found = tracking.client(root).get_run(tracking.record(root, "align", "amber"))
+    curve = tracking.client(root).get_metric_history(found.info.run_id, "system/memory_mb")
+    assert [(each.timestamp, each.step, each.value) for each in curve] == [(1_001_000, 1, 500.0), (1_002_000, 2, 600.0)]
+    assert (found.info.start_time, found.info.end_time) == (1_000_000, 1_002_500)
+
+
+def test_a_lost_tracker_hurts_no_run(tracked: Path, tmp_path: Path) -> None:
+    root = copied(tracked, tmp_path)
+    assert tracking.attempt(root, "align", "amber") is None
+    (root / "mlflow.db").write_text("not a database")
+    assert "not recorded in MLflow" in str(tracking.attempt(root, "align", "amber"))
 
 
 def test_what_a_run_holds(tracked: Path) -> None:
@@ -56,8 +155,9 @@ def test_what_a_run_holds(tracked: Path) -> None:
 
 
 def test_no_image_goes_in(tracked: Path) -> None:
-    files = {file.name for file in (tracked / "mlruns").rglob("*") if file.is_file()}
-    assert files == {"comparison.json"}
+    files = {file.name: file for file in (tracked / "mlruns").rglob("*") if file.is_file()}
+    assert set(files) == {"comparison.json", "dice.svg"}
+    assert "<image" not in files["dice.svg"].read_text()
 
 
 def test_targets_side_by_side(tracked: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 REPOSITORY = Path(__file__).parents[1]
-PLUMBING = ("__init__", "__main__", "artifact", "config", "errors", "reward/__init__", "reward/registry", "runner", "stages", "validation")
+PLUMBING = ("__init__", "__main__", "artifact", "config", "errors", "reward/__init__", "reward/registry", "runner", "stages", "usage",
+            "validation")
 MODULES = ("data", "mask_flow", "image_flow", "sample", "segment", "labeller", "align", "reward/distances", "reward/statconv", "filtering",
            "evaluate", "compare", "report")
 TARGETS = ("amber", "dim")
@@ -70,9 +71,10 @@ def build(config, inputs, out_dir, context):
         pd.DataFrame({"pair_id": ["p"], "kept": True, "bank": "references", "flagged": False}).to_parquet(out_dir / "copying.parquet")
         return {"dice_source": 0.5, "dice_aligned": 0.75, "copy_chance_limit_references": 1.0}
     if stage == "compare":
-        rows = [(name.partition(":")[2], arm, "source", "dice", 9, mean, mean - .1, mean + .1)
-                for name in inputs for arm, mean in (("source", .5), ("aligned", .75))]
-        table = pd.DataFrame(rows, columns=["target", "arm", "baseline", "metric", "n", "mean", "ci_low", "ci_high"])
+        rows = [(name.partition(":")[2], arm, "source", "dice", 9, mean, mean - .1, mean + .1, difference, difference - .1, difference + .1)
+                for name in inputs for arm, mean, difference in (("source", .5, np.nan), ("aligned", .75, .25))]
+        table = pd.DataFrame(rows, columns=["target", "arm", "baseline", "metric", "n", "mean", "ci_low", "ci_high",
+                                            "difference", "diff_ci_low", "diff_ci_high"])
         table.to_parquet(out_dir / "comparison.parquet", index=False)
         table.to_csv(out_dir / "comparison.csv", index=False)
     if stage == "report":
@@ -128,13 +130,16 @@ Path("params.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(whole)), sor
 """
 
 
+def environment(root: Path) -> dict[str, str]:
+    """This Python's, with the toy project before the repository on its path."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(REPOSITORY)]), "DVC_NO_ANALYTICS": "1", "PYTHONWARNINGS": "ignore",
+                         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+                         "MLFLOW_DISABLE_TELEMETRY": "true", "DAGSTER_DISABLE_TELEMETRY": "1"}
+
+
 def run(root: Path, *arguments: str) -> str:
-    """Run this Python in the toy project, which comes before the repository on its path; returns what it printed."""
-    path = os.pathsep.join([str(root), str(REPOSITORY)])
-    binaries = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PYTHONPATH": path, "PATH": binaries, "DVC_NO_ANALYTICS": "1", "PYTHONWARNINGS": "ignore",
-                                "MLFLOW_DISABLE_TELEMETRY": "true", "DAGSTER_DISABLE_TELEMETRY": "1"}
-    done = subprocess.run([sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    """Run this Python in the toy project; returns what it printed."""
+    done = subprocess.run([sys.executable, *arguments], cwd=root, env=environment(root), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

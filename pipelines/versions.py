@@ -1,0 +1,68 @@
+"""What DVC calls the version of a folder, for the datasets of MLflow; our own content hash where DVC does not know it.
+
+``dvc.lock`` may be older than an artifact (``alignflow run`` never writes it). It is believed only about a stage whose provenance file on
+disk is the one it has recorded: that file holds the content hash of the artifact, and changes with every run.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from alignflow_core.artifact import read_json
+from alignflow_core.runner import provenance_file
+from alignflow_core.stages import artifact_dir, node_id
+
+if TYPE_CHECKING:
+    from mlflow.entities import Dataset
+
+Node = tuple[str, str | None]
+DIGEST_LENGTH = 36  # MLflow's limit, and by luck the length of DVC's "<md5>.dir"
+
+
+class Versions:
+    """Datasets of a project root."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @cached_property
+    def locked(self) -> dict[str, Any]:
+        """Stages of ``dvc.lock``."""
+        file = self.root / "dvc.lock"
+        return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("stages", {}) if file.exists() else {}
+
+    def artifact(self, node: Node, content: str) -> "Dataset":
+        """An input artifact with this content hash, named ``align@amber``."""
+        file, folder = provenance_file(self.root, *node), artifact_dir(*node).as_posix()
+        same = file.exists() and read_json(file)["content"] == content
+        return _dataset(node_id(*node), folder, content, self._md5(node, "outs", folder) if same else None)
+
+    def raw(self, provenance: Mapping[str, Any], dotted: str) -> "Dataset":
+        """A raw folder that the stage of this provenance has read, named by its key of params.yaml."""
+        section, _, last = dotted.rpartition(".")
+        folder = provenance["params"][section][last]
+        return _dataset(dotted, folder, provenance["raw"][dotted], self._md5((provenance["stage"], provenance["key"]), "deps", folder))
+
+    def _md5(self, node: Node, side: str, path: str) -> str | None:
+        """The hash of a dependency or an output of a stage, if the lock speaks of its artifact as it lies here."""
+        entry = self.locked.get(node_id(*node), {})
+        hashes = {each["path"]: each.get("md5") for each in entry.get("outs", [])}
+        file = provenance_file(self.root, *node)
+        recorded = hashes.get(file.relative_to(self.root).as_posix())
+        if recorded is None or recorded != hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest():
+            return None
+        return {each["path"]: each.get("md5") for each in entry.get(side, [])}.get(path)
+
+
+def _dataset(name: str, path: str, content: str, md5: str | None) -> "Dataset":
+    """The source says both hashes, the profile which of them is the digest."""
+    from mlflow.entities import Dataset
+
+    source = {"path": path, "content": content} | ({"md5": md5} if md5 else {})
+    profile = {"digest": "md5 of DVC" if md5 else "sha256 of AlignFlow, shortened"}
+    return Dataset(name, (md5 or content)[:DIGEST_LENGTH], "dvc" if md5 else "artifact", json.dumps(source), profile=json.dumps(profile))
