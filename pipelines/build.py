@@ -72,8 +72,12 @@ def in_order(project: Project, todo: dict[Lane, list[Node]], build: Any, jobs: i
     waiting = {lane: upstream_lanes(project, lane, own) & todo.keys() for lane, own in todo.items()}
     built: list[str] = []
     if min(jobs, len(todo)) <= 1:  # in this thread, where an interrupt reaches it
-        for lane in waiting:
+        while waiting:
+            lane = next(lane for lane, needed in waiting.items() if not needed)
+            del waiting[lane]
             built += build(lane, todo[lane])
+            for needed in waiting.values():
+                needed.discard(lane)
         return built
     from pipelines.resources import STOPPING, stop_all
 

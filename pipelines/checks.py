@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from alignflow_core.artifact import json_hash, read_json
+from alignflow_core.artifact import read_json
 from alignflow_core.config import Project, Task, load_project
 from alignflow_core.runner import provenance_file
 from alignflow_core.stages import STAGES, Stage, artifact_dir, node_id
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 LEAST_KEPT = 0.2
 LEAST_AGREEMENT = 0.5  # Dice; a mask that is not found again is no label
 AREA_QUANTILES = (0.05, 0.95)
-RESULTS, UP_TO_DATE = ("compare", "report"), "up_to_date"
 WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
 
 
@@ -270,54 +269,3 @@ def _refusals(project: Project, root: Path, stage: str, key: str | None) -> Iter
 
 def _facts(metadata: Any) -> str:
     return ", ".join(f"{name}: {value.value}" for name, value in metadata.items() if value.value not in (None, "", 0))
-
-
-def up_to_date(root: Path, stage: str) -> dg.AssetCheckResult:
-    """Whether everything that these results rest on is as params.yaml, the raw folders and the code would have it now."""
-    from pipelines.plan import plan
-
-    stale = {node: cause for node, cause in plan(root) if stage == "report" or node != "report"}
-    first = next(iter(stale.items()), None)
-    return dg.AssetCheckResult(passed=not stale, severity=WARN, metadata={
-        "stale": len(stale), "first": f"{first[0]}: {first[1]}" if first else "", "nodes": ", ".join(stale)})
-
-
-def freshness_checks(root: Path) -> list[dg.AssetChecksDefinition]:
-    """Freshness of what people read, the comparison and the report, by content rather than by age.
-
-    Dagster's :class:`FreshnessPolicy` counts hours since the last materialisation. Here hours say nothing: a report of last year
-    whose inputs are unchanged is fresh, one of a minute ago is not if a reference set was replaced since. Dagster's own status by
-    data version looks one step back only, so that the report would pass while something far upstream is stale.
-    """
-    def check(stage: str) -> dg.AssetChecksDefinition:
-        @dg.asset_check(asset=STAGES[stage].asset, name=UP_TO_DATE,
-                        description="Nothing that these results rest on has changed since; 'alignflow plan' says what did.")
-        def fresh() -> dg.AssetCheckResult:
-            return up_to_date(root, stage)
-
-        return fresh
-
-    return [check(stage) for stage in RESULTS]
-
-
-def freshness_sensor(root: Path, signature: Callable[[Path], str]) -> dg.SensorDefinition:
-    """Looks again whenever an input or an artifact was touched, so that the report turns yellow by itself.
-
-    Args:
-        root: project root.
-        signature: see :func:`pipelines.automation.signature`.
-    """
-    @dg.sensor(name="stale_results", minimum_interval_seconds=120, default_status=dg.DefaultSensorStatus.RUNNING,
-               description="Marks the comparison and the report when something they rest on has changed. Builds nothing.")
-    def stale_results(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-        records = sorted((root / "artifacts").glob("**/*.json"))
-        now = json_hash([signature(root), [(str(file), file.stat().st_mtime_ns) for file in records if file.name != "metrics.json"]])
-        built = [stage for stage in RESULTS if provenance_file(root, stage, None).exists()]
-        if now == context.cursor or not built:
-            return dg.SkipReason("nothing was touched" if built else "no results yet")
-        results = {stage: up_to_date(root, stage) for stage in built}
-        return dg.SensorResult(cursor=now, asset_events=[
-            dg.AssetCheckEvaluation(asset_key=dg.AssetKey(STAGES[stage].asset), check_name=UP_TO_DATE, passed=result.passed,
-                                    severity=result.severity, metadata=result.metadata) for stage, result in results.items()])
-
-    return stale_results

@@ -8,7 +8,7 @@ from alignflow_core.config import load_project
 from alignflow_core.stages import STAGES
 from pipelines.assets import observed_assets, stage_asset
 from pipelines.automation import inputs_sensor, jobs, signature, stale_sensor
-from pipelines.checks import freshness_checks, freshness_sensor
+from pipelines.freshness import freshness_checks, freshness_sensor
 from pipelines.resources import StageRunner, project_root
 
 

@@ -12,7 +12,7 @@ import yaml
 from alignflow_core.artifact import write_json
 from alignflow_core.config import load_project
 from alignflow_core.errors import InputError, StageError
-from pipelines import assets, build, checks
+from pipelines import assets, build, checks, freshness
 from pipelines.checks import CHECKS, Check
 from pipelines.resources import StageRunner, TransientStageError
 
@@ -157,6 +157,27 @@ def test_kept_fraction(root: Path, kept: float, passed: bool) -> None:
 def test_scores_in_range(root: Path, metrics: dict[str, float], passed: bool) -> None:
     write_json(folder_of(root, "evaluate/amber") / "metrics.json", metrics)
     assert says(check_named("evaluate", "scores_in_range"), root) is passed
+
+
+def test_results_are_fresh_by_content(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def passed(stale: list[tuple[str, str]]) -> list[bool]:
+        monkeypatch.setattr(freshness, "plan", lambda root: stale)
+        return [freshness.up_to_date(root, stage).passed for stage in freshness.RESULTS]
+
+    assert passed([]) == [True, True]
+    assert passed([("references@amber", "1 reference image replaced")]) == [False, False]
+    assert passed([("report", "code changed")]) == [True, False], "the comparison does not rest on the report"
+
+    sensor = freshness.freshness_sensor(root, lambda root: "s")
+    with dg.build_sensor_context() as context:
+        assert isinstance(sensor(context), dg.SkipReason), "no results yet"
+    write_json(root / "artifacts" / "report.json", {})
+    with dg.build_sensor_context() as context:
+        seen = sensor(context)
+    assert isinstance(seen, dg.SensorResult)
+    assert [(each.asset_key.path, each.passed) for each in seen.asset_events] == [(["report"], False)]
+    with dg.build_sensor_context(cursor=seen.cursor) as context:
+        assert isinstance(sensor(context), dg.SkipReason), "nothing was touched since"
 
 
 def test_a_missing_file_fails_a_check_and_not_the_run(root: Path) -> None:
