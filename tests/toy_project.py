@@ -62,7 +62,8 @@ def build(config, inputs, out_dir, context):
         if stage.startswith("sample_"):
             pd.DataFrame({"pair_id": ["p", "q"]}).to_parquet(out_dir / "manifest.parquet", index=False)
     if stage == "align":
-        looks = pd.DataFrame({"step": [0, 2], "round": 0, "held_out_reward": [-2.0, -1.0], "reward": [-2.0, -0.9], "failed": "", "best": [False, True]})
+        looks = pd.DataFrame({"step": [0, 2], "round": 0, "held_out_reward": [-2.0, -1.0], "reward": [-2.0, -0.9], "failed": "",
+                              "best": [False, True]})
         ratios = {f"{name}_ratio": [1.0, 0.9] for name in ("diversity", "velocity", "agreement", "copy")}
         looks.assign(**ratios).to_parquet(out_dir / "gates.parquet", index=False)
         return {"diversity_ratio": 0.9, "agreement_ratio": 1.0}
