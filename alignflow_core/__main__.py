@@ -1,9 +1,11 @@
 """``python -m alignflow_core stage NAME [--target T | --domain D]``: the one command that computes.
 
-DVC, Dagster, torchrun, Slurm and Kubernetes all wrap this command.
+DVC, Dagster, torchrun, Slurm and Kubernetes all wrap this command. On several processes that torchrun started, rank 0 runs the stage
+and the others help it train.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -23,14 +25,19 @@ def main(arguments: list[str] | None = None) -> int:
     stage.add_argument("--quiet", action="store_true", help="no progress on stderr")
     options = parser.parse_args(arguments)
     stop_on_sigterm()
+    key = options.target or options.domain
 
     def build() -> int:
-        ran = run_stage(options.root, options.name, options.target or options.domain, quiet=options.quiet)
+        ran = run_stage(options.root, options.name, key, quiet=options.quiet)
         if not options.quiet:
             print("built" if ran else "up to date", file=sys.stderr)
         return 0
 
-    return exit_code(build)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return exit_code(build)
+    from alignflow_core.distributed import run_together
+
+    return exit_code(lambda: run_together(build, options.root, options.name, key))
 
 
 if __name__ == "__main__":

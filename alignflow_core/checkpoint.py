@@ -74,5 +74,6 @@ def section(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile``'s wrapper, if there is one."""
-    return getattr(model, "_orig_mod", model)
+    """The module inside the wrappers of ``torch.compile`` and DistributedDataParallel, where there are any."""
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    return inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else inner

@@ -7,6 +7,7 @@ import torch
 
 from alignflow_core.config import ImageFlow, Task
 from alignflow_core.devices import autocast, prepare, ready
+from alignflow_core.distributed import own_rows
 from alignflow_core.flow.loss import flow_matching_loss
 from alignflow_core.flow.train import train
 from alignflow_core.masks import condition
@@ -27,6 +28,7 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
     images, cond = to_unit(pairs.images).to(device), condition(pairs.labels, task, settings.clip).to(device)
     network = velocity_unet.build(3, cond.shape[1], settings.network, derive_seed(config.seed, "image_flow", "weights"))
     model = ready(network, config.machine, device)
+    own = own_rows(settings.training.batch)
 
     def step(i: int) -> dict[str, float]:
         draw = generator(config.seed, "image_flow", i)
@@ -36,7 +38,7 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
             flipped = (torch.rand(len(x1), generator=draw) < 0.5).view(-1, 1, 1, 1).to(device)
             x1, c = torch.where(flipped, x1.flip(3), x1), torch.where(flipped, c.flip(3), c)
         with autocast(config.machine, device):
-            loss = flow_matching_loss(model, x1, c, settings.times, draw, settings.coupling, settings.condition_dropout)
+            loss = flow_matching_loss(model, x1, c, settings.times, draw, settings.coupling, settings.condition_dropout, own)
         loss.backward()
         return {"loss": loss.item()}
 

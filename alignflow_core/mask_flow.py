@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from alignflow_core.config import MaskFlow, Task
 from alignflow_core.devices import autocast, prepare, ready
+from alignflow_core.distributed import own_rows
 from alignflow_core.flow.loss import flow_matching_loss
 from alignflow_core.flow.train import train
 from alignflow_core.masks import signed_distance
@@ -31,6 +32,7 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
     channels = maps.shape[1]
     network = velocity_unet.build(channels, 0, settings.network, derive_seed(config.seed, "mask_flow", "weights"))
     model = ready(network, config.machine, device)
+    own = own_rows(settings.training.batch)
     empty = torch.zeros(settings.training.batch, 0, *maps.shape[2:], device=device)
 
     def step(i: int) -> dict[str, float]:
@@ -39,7 +41,7 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
         flipped = (torch.rand(len(x1), generator=draw) < 0.5).view(-1, 1, 1, 1).to(device)
         x1 = torch.where(flipped, x1.flip(3), x1)
         with autocast(config.machine, device):
-            loss = flow_matching_loss(model, x1, empty, settings.times, draw)
+            loss = flow_matching_loss(model, x1, empty, settings.times, draw, rows=own)
         loss.backward()
         return {"loss": loss.item()}
 

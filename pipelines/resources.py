@@ -12,6 +12,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from alignflow_core.artifact import exclusive
 from alignflow_core.config import load_project
 from alignflow_core.errors import InputError, StageError
 from alignflow_core.runner import is_current, plan_stage, run_stage
@@ -66,9 +67,14 @@ class StageRunner(dg.ConfigurableResource):
         if is_current(root, stage, key, plan) and Versions(root).known((stage, key)):
             return  # what DVC would find out too, in a hundredth of the time
         dvc = [sys.executable, "-m", "dvc", "--wait-for-lock"]
-        if STAGES[stage].raw and (root / "data.dvc").exists():  # 'repro' of a single item would leave new data without a version
+        repro = [*dvc, "repro", "--single-item", node_id(stage, key)]
+        if not (STAGES[stage].raw and (root / "data.dvc").exists()):
+            run_guarded(repro, root)
+            return
+        # 'repro' of a single item would leave new data without a version; and DVC gives up a commit while a stage reads what it is about
+        with exclusive(root / ".alignflow" / "locks" / "data.lock", wait=lambda holder: None):
             run_guarded([*dvc, "commit", "--quiet", "--force", "data.dvc"], root)
-        run_guarded([*dvc, "repro", "--single-item", node_id(stage, key)], root)
+            run_guarded(repro, root)
 
 
 def run_guarded(command: list[str], root: Path) -> None:

@@ -1,4 +1,7 @@
-"""The one training loop: AdamW, warm-up and cosine, clipping, EMA, exact resume, a stop on NaN."""
+"""The one training loop: AdamW, warm-up and cosine, clipping, EMA, exact resume, a stop on NaN.
+
+On several processes (``distributed.py``) all of them run it in step, and only the first writes.
+"""
 
 import contextlib
 import math
@@ -10,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from alignflow_core import distributed
 from alignflow_core.checkpoint import load_tensors, pack_optimiser, prefixed, save_tensors, section, unpack_optimiser, unwrap
 from alignflow_core.config import Training
 from alignflow_core.errors import StageError
@@ -37,12 +41,14 @@ def train(model: nn.Module, step: Callable[[int], dict[str, float]], training: T
                                   weight_decay=training.weight_decay, fused=True)
     ema, extra = Ema(unwrap(model), training.ema), {} if extra is None else extra
     done, ended = _restore(state_file, model, optimiser, ema, extra)
+    if distributed.largest(done) != done:
+        raise StageError(f"{state_file}: read by some processes only; all need the same project folder")
     with _held_signals() as caught:
         while done < training.steps and not ended:
             for group in optimiser.param_groups:
                 group["lr"] = training.lr * schedule(done, training)
             optimiser.zero_grad(set_to_none=True)
-            numbers = step(done)
+            numbers = distributed.mean(step(done))
             norm = float(nn.utils.clip_grad_norm_(model.parameters(), training.clip))
             bad = [name for name, value in {**numbers, "gradient norm": norm}.items() if not math.isfinite(value)]
             if bad:
@@ -55,10 +61,11 @@ def train(model: nn.Module, step: Callable[[int], dict[str, float]], training: T
                 log({**numbers, "gradient_norm": norm}, done)
             ended = (on_step is not None and on_step(done, ema)) or done == training.steps
             progress(done, training.steps, " ".join(f"{k}={v:.4g}" for k, v in numbers.items()))
-            if ended or caught or done % training.save_every == 0:
+            stop = distributed.largest(caught[0] if caught else 0)
+            if (ended or stop or done % training.save_every == 0) and distributed.leads():
                 _save(state_file, (done, ended), model, optimiser, ema, extra)
-            if caught:
-                raise KeyboardInterrupt if caught[0] == signal.SIGINT else SystemExit(128 + caught[0])
+            if stop:
+                raise KeyboardInterrupt if stop == signal.SIGINT else SystemExit(128 + stop)
     return ema
 
 
