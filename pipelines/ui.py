@@ -46,7 +46,8 @@ def serve(root: Path) -> None:
         signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
     log_file = root / ".alignflow" / "ui.log"
     with exclusive(root / ".alignflow" / "locks" / "ui.lock"), log_file.open("w") as log, \
-            tempfile.TemporaryDirectory(prefix="alignflow-") as folder:  # sockets need short paths
+            tempfile.TemporaryDirectory(prefix="alignflow-") as folder, \
+            free_port(DAGSTER_PORT) as dagster_socket, free_port(MLFLOW_PORT) as mlflow_socket:
         import dagster as dg
 
         experiment = tracking.experiment_id(tracking.client(root), root, project)
@@ -55,6 +56,7 @@ def serve(root: Path) -> None:
             observe(root, instance)
         environment = os.environ | {"DAGSTER_HOME": str(home), "ALIGNFLOW_ROOT": str(root), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
                                     "PYTHONWARNINGS": "ignore"}
+        dagster_port, mlflow_port = (taken.getsockname()[1] for taken in (dagster_socket, mlflow_socket))
         processes: list[subprocess.Popen[bytes]] = []
 
         def start(*command: str) -> None:
@@ -70,14 +72,13 @@ def serve(root: Path) -> None:
 
         try:
             # One process loads the project's definitions for page and daemon; "Reload" in the page renews it for both.
+            # It listens in a temporary folder, for the path of a socket must be short.
             code_server, workspace = Path(folder) / "code", Path(folder) / "workspace.yaml"
             workspace.write_text(f"load_from: [{{grpc_server: {{socket: {code_server}, location_name: {LOCATION}}}}}]\n")
             start("dagster", "code-server", "start", "-m", "pipelines.definitions", "-d", str(root), "--socket", str(code_server))
-            mlflow_port = free_port(MLFLOW_PORT)
             start("mlflow", "ui", "--backend-store-uri", tracking.store_uri(root), "--default-artifact-root", (root / "mlruns").as_uri(),
                   "--host", HOST, "--port", str(mlflow_port), "--allowed-hosts", ALLOWED_HOSTS, "--workers", "1")
             wait(code_server.exists)
-            dagster_port = free_port(DAGSTER_PORT)
             start("pipelines.webserver", str(dagster_port), str(code_server))
             start("dagster._daemon", "run", "--workspace", str(workspace))
             dagster, mlflow = f"http://{HOST}:{dagster_port}", f"http://{HOST}:{mlflow_port}"
@@ -104,12 +105,18 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def free_port(first: int) -> int:
-    """``first``, or the next port that nothing listens on."""
+def free_port(first: int) -> socket.socket:
+    """``first``, or the next port that nothing listens on, as the number of a socket that reserves it.
+
+    Servers take seconds to listen. Until then a UDP socket of the same number tells other projects that it is taken.
+    """
     for port in range(first, first + 100):
-        with socket.socket() as probe:
+        reservation = socket.socket(type=socket.SOCK_DGRAM)
+        with suppress(OSError), socket.socket() as probe:
+            reservation.bind((HOST, port))
             if probe.connect_ex((HOST, port)):
-                return port
+                return reservation
+        reservation.close()
     raise InputError(f"ports {first} to {first + 99} are all taken; stop other servers")
 
 

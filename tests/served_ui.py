@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,12 @@ OFF_SWITCHES = ("MLFLOW_DISABLE_TELEMETRY", "DAGSTER_DISABLE_TELEMETRY", "DVC_NO
 
 @dataclass(frozen=True)
 class ServedUi:
-    """A running ``alignflow ui``: its process and both addresses."""
+    """A running ``alignflow ui``: its process, both addresses, and the page of MLflow that it names."""
 
     process: subprocess.Popen[str]
     dagster: str
     mlflow: str
+    runs_page: str
 
     def family(self) -> list[psutil.Process]:
         """Everything it has started."""
@@ -50,9 +52,9 @@ def served(root: Path) -> Iterator[ServedUi]:
             said.append(line)
             if line.startswith("Ctrl-C"):
                 break
-        addresses = [word.partition("/#")[0] for line in said for word in line.split() if word.startswith("http://")]
+        addresses = [word for line in said for word in line.split() if word.startswith("http://")]
         assert len(addresses) == 2, "".join(said)
-        yield ServedUi(process, *addresses)
+        yield ServedUi(process, addresses[0], addresses[1].partition("/#")[0], addresses[1])
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
@@ -77,6 +79,14 @@ def asked(address: str, path: str, question: object) -> dict:
         return json.load(connection.getresponse())
     finally:
         connection.close()
+
+
+def wait_for(happened: Callable[[], bool], seconds: float = 180) -> None:
+    """Return once it has happened."""
+    until = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.5)
 
 
 LAUNCH = """

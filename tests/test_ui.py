@@ -4,14 +4,13 @@ import asyncio
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
 import pytest
-from served_ui import ServedUi, environment, launch, materializations, runs, served, stale, status, tracked
+from served_ui import ServedUi, environment, launch, materializations, runs, served, stale, status, tracked, wait_for
 from starlette.datastructures import Headers
 from toy_project import copied, replace_reference, run
 
@@ -114,14 +113,6 @@ def test_a_second_one_is_refused(ui: ServedUi) -> None:
                             timeout=60, check=False)
     assert second.returncode == 2
     assert f"in use by pid {ui.process.pid} on" in second.stderr
-
-
-def wait_for(happened: Callable[[], bool], seconds: float = 180) -> None:
-    """Return once it has happened."""
-    until = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.5)
 
 
 def alive(processes: list[psutil.Process]) -> list[str]:
