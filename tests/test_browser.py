@@ -131,7 +131,7 @@ def test_two_targets_are_compared(built_toy: Path, tmp_path: Path, page: Page) -
         page.sees(*(f"evaluate@{target}" for target in TARGETS[:2]))
         page.picture("6-runs")
         for target in TARGETS[:2]:
-            page.click(f"//*[@role='row'][.//a[.='evaluate@{target}']]//input[@type='checkbox']")
+            page.click(f"//*[@role='row'][.//a[.='evaluate@{target}']]//div[contains(@class, 'ag-selection-checkbox')]")
         page.click("//button[.='Compare']")
         page.sees("Comparing 2 Runs", "dice_aligned", *(f"evaluate@{target}" for target in TARGETS[:2]))
         page.picture("7-compared")
