@@ -24,7 +24,7 @@ from alignflow_core.runner import stop_on_sigterm
 from pipelines import tracking
 from pipelines.automation import observe
 from pipelines.resources import dagster_home, stop_group
-from pipelines.webserver import HOST, LOCATION
+from pipelines.webserver import HOST
 
 DAGSTER_PORT, MLFLOW_PORT = 3000, 5000
 RUNS_PAGE = "#/experiments/{}/runs?workflowType=machine_learning"  # MLflow's own first page is about chat traces
@@ -74,12 +74,12 @@ def serve(root: Path) -> None:
             # One process loads the project's definitions for page and daemon; "Reload" in the page renews it for both.
             # It listens in a temporary folder, for the path of a socket must be short.
             code_server, workspace = Path(folder) / "code", Path(folder) / "workspace.yaml"
-            workspace.write_text(f"load_from: [{{grpc_server: {{socket: {code_server}, location_name: {LOCATION}}}}}]\n")
+            workspace.write_text(f"load_from: [{{grpc_server: {{socket: {code_server}, location_name: alignflow}}}}]\n")
             start("dagster", "code-server", "start", "-m", "pipelines.definitions", "-d", str(root), "--socket", str(code_server))
             start("mlflow", "ui", "--backend-store-uri", tracking.store_uri(root), "--default-artifact-root", (root / "mlruns").as_uri(),
                   "--host", HOST, "--port", str(mlflow_port), "--allowed-hosts", ALLOWED_HOSTS, "--workers", "1")
             wait(code_server.exists)
-            start("pipelines.webserver", str(dagster_port), str(code_server))
+            start("pipelines.webserver", str(dagster_port), str(workspace))
             start("dagster._daemon", "run", "--workspace", str(workspace))
             dagster, mlflow = f"http://{HOST}:{dagster_port}", f"http://{HOST}:{mlflow_port}"
             wait(lambda: is_up(dagster) and is_up(mlflow))

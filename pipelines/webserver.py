@@ -1,4 +1,4 @@
-"""Dagster's web page behind a guard: ``python -m pipelines.webserver PORT SOCKET``, started by ``alignflow ui``.
+"""Dagster's web page behind a guard: ``python -m pipelines.webserver PORT WORKSPACE``, started by ``alignflow ui``.
 
 Dagster's own server answers whoever reaches it: a web page from anywhere, open in the user's browser, could launch runs
 through it with one plain request. Here a request must be addressed to this machine by name and must not come from
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 NAMES = frozenset({HOST, "localhost", "::1"})
-LOCATION = "alignflow"
 
 
 class OwnPagesOnly:
@@ -58,25 +57,20 @@ def hostname(address: str) -> str | None:
         return None
 
 
-def serve(port: int, code_server: str) -> None:
-    """Serve Dagster's page on loopback until interrupted.
+def serve(port: int, workspace: str) -> None:
+    """Dagster's own command with the guard in front; serves on loopback until interrupted.
 
     Args:
         port: port on ``127.0.0.1``.
-        code_server: path of the Unix socket on which ``dagster code-server`` listens.
+        workspace: path of a ``workspace.yaml`` that names the running code server.
     """
-    import dagster as dg
-    import uvicorn
-    from dagster._core.workspace.context import WorkspaceProcessContext
-    from dagster._core.workspace.load_target import GrpcServerTarget
-    from dagster_webserver.app import create_app_from_workspace_process_context
-    from dagster_webserver.version import __version__
+    from dagster_webserver.cli import dagster_webserver
+    from dagster_webserver.webserver import DagsterWebserver
+    from starlette.middleware import Middleware
 
-    target = GrpcServerTarget(host="localhost", port=None, socket=code_server, location_name=LOCATION)
-    with dg.DagsterInstance.get() as instance, WorkspaceProcessContext(instance, target, version=__version__) as workspace:
-        app = create_app_from_workspace_process_context(workspace, live_data_poll_rate=2000)
-        app.add_middleware(OwnPagesOnly)
-        uvicorn.run(app, host=HOST, port=port, log_level="warning", timeout_graceful_shutdown=5)
+    dagsters_own = DagsterWebserver.build_middleware
+    DagsterWebserver.build_middleware = lambda self: [Middleware(OwnPagesOnly), *dagsters_own(self)]  # type: ignore[method-assign]
+    dagster_webserver(["--host", HOST, "--port", str(port), "--workspace", workspace])
 
 
 if __name__ == "__main__":
