@@ -28,7 +28,9 @@ demo: setup
 test: setup lint
 	@$(BIN)/python -m pytest -n 2
 
+# Tests that take minutes; the extra brings Ray, S3 and Selenium. Browser tests want Debian's chromium and chromium-driver, network tests iproute2.
 nightly: setup
+	@. .ci/pip-settings && $(BIN)/uv pip install --quiet --constraint <(grep -v '^ ' requirements.lock | sed 's/ *\\$$//') --editable '.[nightly]'
 	@$(BIN)/python -m pytest -n 2 -m nightly
 
 # Ratios against a peer measured in the same run; BENCH_ARGS="--json FILE" keeps them.

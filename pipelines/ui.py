@@ -1,26 +1,34 @@
-"""Both user interfaces on loopback: Dagster with its daemon, and MLflow."""
+"""Both user interfaces on loopback: Dagster with its daemon, and MLflow.
+
+What they show is kept in the project: Dagster's records in ``.alignflow/dagster``, MLflow's in ``mlflow.db``.
+"""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
+from alignflow_core.artifact import exclusive
 from alignflow_core.config import load_project
 from alignflow_core.errors import InputError
 from alignflow_core.runner import stop_on_sigterm
 from pipelines import tracking
 from pipelines.automation import observe
 from pipelines.resources import dagster_home, stop_group
+from pipelines.webserver import HOST
 
-HOST = "127.0.0.1"  # neither has a login
 DAGSTER_PORT, MLFLOW_PORT = 3000, 5000
 RUNS_PAGE = "#/experiments/{}/runs?workflowType=machine_learning"  # MLflow's own first page is about chat traces
+ALLOWED_HOSTS = f"{HOST}:*,localhost:*,[[]::1]:*"  # patterns; by default MLflow takes 10.* too, and so 10.evil.example
 START_SECONDS = 300.0
 
 
@@ -28,66 +36,96 @@ def serve(root: Path) -> None:
     """Start both, print their addresses, wait for Ctrl-C (or for one of them to end) and stop them.
 
     Raises:
-        InputError: ``params.yaml`` is wrong, or one of them did not start or ended by itself.
+        InputError: ``params.yaml`` is wrong, the project is served already, or a server did not start or ended by itself.
     """
-    import dagster as dg
-
     root = root.resolve()
     project = load_project(root / "params.yaml")
     stop_on_sigterm()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so would all it starts
-    experiment = tracking.experiment_id(tracking.client(root), root, project)
-    home = dagster_home(root)
-    with dg.DagsterInstance.get() as instance:
-        observe(root, instance)
-    environment = os.environ | {"DAGSTER_HOME": str(home), "ALIGNFLOW_ROOT": str(root), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-                                "PYTHONWARNINGS": "ignore"}
-    dagster_port, mlflow_port = free_port(DAGSTER_PORT), free_port(MLFLOW_PORT)
-    commands = {
-        f"http://{HOST}:{dagster_port}": ["-m", "dagster", "dev", "-m", "pipelines.definitions", "-d", str(root), "-h", HOST,
-                                           "-p", str(dagster_port)],
-        f"http://{HOST}:{mlflow_port}": ["-m", "mlflow", "ui", "--backend-store-uri", tracking.store_uri(root), "--default-artifact-root",
-                                         (root / "mlruns").as_uri(), "--host", HOST, "--port", str(mlflow_port), "--workers", "1"],
-    }
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a closed terminal; nohup ignores it
+        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
     log_file = root / ".alignflow" / "ui.log"
-    processes: list[subprocess.Popen[bytes]] = []
-    with log_file.open("w") as log:
+    with exclusive(root / ".alignflow" / "locks" / "ui.lock"), log_file.open("w") as log, \
+            tempfile.TemporaryDirectory(prefix="alignflow-") as folder, \
+            free_port(DAGSTER_PORT) as dagster_socket, free_port(MLFLOW_PORT) as mlflow_socket:
+        import dagster as dg
+
+        experiment = tracking.experiment_id(tracking.client(root), root, project)
+        home = dagster_home(root)
+        with dg.DagsterInstance.get() as instance:
+            observe(root, instance)
+        environment = os.environ | {"DAGSTER_HOME": str(home), "ALIGNFLOW_ROOT": str(root), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+                                    "PYTHONWARNINGS": "ignore"}
+        dagster_port, mlflow_port = (taken.getsockname()[1] for taken in (dagster_socket, mlflow_socket))
+        processes: list[subprocess.Popen[bytes]] = []
+
+        def start(*command: str) -> None:
+            processes.append(subprocess.Popen([sys.executable, "-m", *command], cwd=root, env=environment, stdout=log, stderr=log,
+                                              start_new_session=True))
+
+        def wait(answers: Callable[[], bool]) -> None:
+            until = time.monotonic() + START_SECONDS
+            while not answers():
+                if time.monotonic() > until or any(process.poll() is not None for process in processes):
+                    raise InputError(f"a server did not start; {log_file} says why")
+                time.sleep(0.3)
+
         try:
-            for command in commands.values():
-                processes.append(subprocess.Popen([sys.executable, *command], cwd=root, env=environment, stdout=log, stderr=log,
-                                                  start_new_session=True))
-            for address in commands:
-                wait_for(address, processes, log_file)
-            dagster, mlflow = commands
+            # One process loads the project's definitions for page and daemon; "Reload" in the page renews it for both.
+            # It listens in a temporary folder, for the path of a socket must be short.
+            code_server, workspace = Path(folder) / "code", Path(folder) / "workspace.yaml"
+            workspace.write_text(f"load_from: [{{grpc_server: {{socket: {code_server}, location_name: alignflow}}}}]\n")
+            start("dagster", "code-server", "start", "-m", "pipelines.definitions", "-d", str(root), "--socket", str(code_server))
+            start("mlflow", "ui", "--backend-store-uri", tracking.store_uri(root), "--default-artifact-root", (root / "mlruns").as_uri(),
+                  "--host", HOST, "--port", str(mlflow_port), "--allowed-hosts", ALLOWED_HOSTS, "--workers", "1")
+            wait(code_server.exists)
+            start("pipelines.webserver", str(dagster_port), str(workspace))
+            start("dagster._daemon", "run", "--workspace", str(workspace))
+            dagster, mlflow = f"http://{HOST}:{dagster_port}", f"http://{HOST}:{mlflow_port}"
+            wait(lambda: is_up(dagster) and is_up(mlflow))
             print(f"Dagster: {dagster}\nMLflow:  {mlflow}/{RUNS_PAGE.format(experiment)}\nCtrl-C stops both; their log is {log_file}", flush=True)
             while all(process.poll() is None for process in processes):
                 time.sleep(0.5)
             raise InputError(f"one of the servers has ended; {log_file} says why")
         except KeyboardInterrupt:
-            print("stopping", file=sys.stderr)
+            print("stopping; a running stage saves its state first", file=sys.stderr)
         finally:
             with ThreadPoolExecutor() as pool:
-                list(pool.map(stop_group, processes))
+                list(pool.map(stop, processes))
 
 
-def free_port(first: int) -> int:
-    """``first``, or the next port that nothing listens on."""
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Stop a server, and what outlives it for a moment: those that follow the log of a run."""
+    stop_group(process)
+    until = time.monotonic() + 10
+    with suppress(ProcessLookupError):
+        while time.monotonic() < until:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def free_port(first: int) -> socket.socket:
+    """``first``, or the next port that nothing listens on, as the number of a socket that reserves it.
+
+    Servers take seconds to listen. Until then a UDP socket of the same number tells other projects that it is taken.
+    """
     for port in range(first, first + 100):
-        with socket.socket() as probe:
+        reservation = socket.socket(type=socket.SOCK_DGRAM)
+        with suppress(OSError), socket.socket() as probe:
+            reservation.bind((HOST, port))
             if probe.connect_ex((HOST, port)):
-                return port
+                return reservation
+        reservation.close()
     raise InputError(f"ports {first} to {first + 99} are all taken; stop other servers")
 
 
-def wait_for(address: str, processes: list[subprocess.Popen[bytes]], log_file: Path) -> None:
-    """Return once the address answers."""
-    until = time.monotonic() + START_SECONDS
-    while time.monotonic() < until and all(process.poll() is None for process in processes):
-        try:
-            urllib.request.urlopen(address, timeout=2).close()  # noqa: S310 - an address of our own
-            return
-        except urllib.error.HTTPError:
-            return
-        except OSError:
-            time.sleep(0.3)
-    raise InputError(f"{address}: did not start; {log_file} says why")
+def is_up(address: str) -> bool:
+    """Whether the address answers, be it with an error."""
+    try:
+        urllib.request.urlopen(address, timeout=2).close()  # noqa: S310 - an address of our own
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
