@@ -1,24 +1,19 @@
 """Build what is stale, and only that, through Dagster: one run a lane, lanes that do not need each other side by side."""
 
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from alignflow_core.artifact import read_json
 from alignflow_core.config import Project, load_project
 from alignflow_core.errors import InputError, StageError
-from alignflow_core.runner import plan_stage, provenance_file
 from alignflow_core.stages import STAGES, node_id
+from pipelines.lane import build_lane, build_lane_apart
 from pipelines.plan import Lane, Node, lanes, stale_nodes, upstream_lanes
 
 if TYPE_CHECKING:
     import dagster as dg
-
-QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}  # Dagster's own record keeps every line
-
 
 def materialize(root: Path, selection: str | None = None, target: str | None = None, mode: str = "dvc", jobs: int | None = None) -> list[str]:
     """Build through Dagster, so that it appears there; returns the nodes whose artifact was built anew, lane by lane.
@@ -53,9 +48,11 @@ def materialize(root: Path, selection: str | None = None, target: str | None = N
         observe(root, instance)
         job = definitions.resolve_implicit_global_asset_job_def()
 
-        def build(lane: Lane, own: list[Node]) -> list[str]:
+        def build(lane: Lane, own: list[Node], apart: bool) -> list[str]:
             wanted = own if selection is not None else stale_nodes(project, root, own)
-            return build_lane(root, project, job, instance, lane, wanted) if wanted else []
+            if not wanted:
+                return []
+            return build_lane_apart(root, mode, lane, wanted) if apart else build_lane(root, project, job, instance, lane, wanted)
 
         todo = lanes(nodes)
         if selection is None:  # a lane that is up to date and reads from none that is not need not be looked at again
@@ -64,42 +61,45 @@ def materialize(root: Path, selection: str | None = None, target: str | None = N
         return in_order(project, todo, build, 1 if mode == "inline" else jobs or os.cpu_count() or 1)
 
 
-def in_order(project: Project, todo: dict[Lane, list[Node]], build: Any, jobs: int) -> list[str]:
-    """Call ``build(lane, nodes)`` for every lane after those it reads from, ``jobs`` at a time; what they returned, joined.
+def in_order(project: Project, todo: dict[Lane, list[Node]], build: Callable[[Lane, list[Node], bool], list[str]], jobs: int) -> list[str]:
+    """Call ``build(lane, nodes, apart)`` for every lane after those it reads from, ``jobs`` at a time; what they returned, joined.
 
+    ``apart`` is false for a lane that nothing else runs beside: it is built in this thread, others in threads of their own.
     When one fails, those that need it are left out, the others are built, and then the failure is raised.
     """
-    waiting = {lane: upstream_lanes(project, lane, own) & todo.keys() for lane, own in todo.items()}
-    built: list[str] = []
-    if min(jobs, len(todo)) <= 1:  # in this thread, where an interrupt reaches it
-        while waiting:
-            lane = next(lane for lane, needed in waiting.items() if not needed)
-            del waiting[lane]
-            built += build(lane, todo[lane])
-            for needed in waiting.values():
-                needed.discard(lane)
-        return built
     from pipelines.resources import STOPPING, stop_all
 
     STOPPING.clear()
+    waiting = {lane: upstream_lanes(project, lane, own) & todo.keys() for lane, own in todo.items()}
+    built: list[str] = []
     errors: list[Exception] = []
     running: dict[Future[list[str]], Lane] = {}
+
+    def done(lane: Lane, nodes: list[str]) -> None:
+        built.extend(nodes)
+        for needed in waiting.values():
+            needed.discard(lane)
+
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            while waiting or running:
-                for lane in [lane for lane, needed in waiting.items() if not needed]:
-                    running[pool.submit(build, lane, todo[lane])] = lane
+            while running or any(not needed for needed in waiting.values()):
+                ready = [lane for lane, needed in waiting.items() if not needed]
+                if not running and (jobs == 1 or len(ready) == 1):
+                    del waiting[ready[0]]
+                    try:
+                        done(ready[0], build(ready[0], todo[ready[0]], False))
+                    except (InputError, StageError) as error:
+                        errors.append(error)
+                    continue
+                for lane in ready:
+                    running[pool.submit(build, lane, todo[lane], True)] = lane
                     del waiting[lane]
-                if not running:
-                    break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    lane, error = running.pop(future), future.exception()
-                    if error is not None:
-                        errors.append(error if isinstance(error, Exception) else StageError(f"{lane}: {error!r}"))
-                        continue
-                    built += future.result()
-                    for needed in waiting.values():
-                        needed.discard(lane)
+                    lane, problem = running.pop(future), future.exception()
+                    if problem is None:
+                        done(lane, future.result())
+                    else:
+                        errors.append(problem if isinstance(problem, InputError | StageError) else StageError(f"{lane}: {problem!r}"))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             stop_all()
@@ -115,29 +115,6 @@ def joined(errors: list[Exception]) -> Exception:
         return errors[0]
     lines = [line for error in errors for line in str(error).splitlines()]
     return InputError(*lines) if all(isinstance(error, InputError) for error in errors) else StageError("\n".join(lines))
-
-
-def build_lane(root: Path, project: Project, job: "dg.JobDefinition", instance: "dg.DagsterInstance", lane: Lane, nodes: list[Node]) -> list[str]:
-    """One Dagster run over the nodes of a lane; returns those whose artifact is another one than before."""
-    import dagster as dg
-
-    own = {node_id(stage.name, key) for stage, key in nodes}
-    for stage, key in nodes:  # a missing input is a matter of one line, not of a failed run
-        if not any(node_id(*each) in own for each in project.graph.inputs(stage, key).values()):
-            plan_stage(project, root, stage, key)
-    print(f"{lane}: {', '.join(stage.name for stage, _ in nodes)}", file=sys.stderr, flush=True)
-    before = {node_id(stage.name, key): _state(root, stage.name, key) for stage, key in nodes}
-    result = job.execute_in_process(run_config=QUIET, instance=instance, asset_selection=[dg.AssetKey(stage.asset) for stage, _ in nodes],
-                                    partition_key=lane.key, raise_on_error=False)
-    if not result.success:
-        raise failure(result, nodes)
-    return [node for (stage, key), node in zip(nodes, before, strict=True) if _state(root, stage.name, key) != before[node]]
-
-
-def _state(root: Path, stage: str, key: str | None) -> tuple[str, float] | None:
-    """What tells one building of an artifact from another."""
-    file = provenance_file(root, stage, key)
-    return (str(read_json(file)["fingerprint"]), file.stat().st_mtime) if file.exists() else None
 
 
 def selected_stages(definitions: "dg.Definitions", selection: str) -> set[str]:
@@ -176,20 +153,3 @@ def _needed(project: Project, target: str) -> set[str]:
         if stage.scope == "target":
             visit(stage.name, target)
     return found
-
-
-def failure(result: Any, nodes: list[Node]) -> BaseException:
-    """The error that ended a run, as it came out of the stage, unwrapped from Dagster's."""
-    steps = {stage.asset: node_id(stage.name, key) for stage, key in nodes}
-    events = [event for event in result.get_step_failure_events() if event.step_failure_data.error]
-    if any("DagsterExecutionInterruptedError" in event.step_failure_data.error.to_string() for event in events):
-        return KeyboardInterrupt()
-    for event in events:
-        node, error = steps.get(event.step_key, event.step_key), event.step_failure_data.error
-        while error.cause is not None:
-            error = error.cause
-        bad_input = error.message.partition(f"{InputError.__name__}: ")[2]
-        if bad_input:
-            return InputError(*(f"{node}: {line}" for line in bad_input.strip().splitlines()))
-        return StageError(f"{node}: {error.message.partition(f'{StageError.__name__}: ')[2] or error.message}".strip())
-    return StageError(f"{', '.join(steps.values())}: the run failed before its first step; Dagster's record says why")

@@ -11,7 +11,7 @@ from toy_project import calls, copied, rebuilt, replace_reference, run
 from alignflow_core.artifact import write_json
 from alignflow_core.errors import InputError, StageError
 from alignflow_core.stages import STAGES
-from pipelines import build, checks
+from pipelines import checks, lane
 
 PLAN = "from pathlib import Path; from pipelines.plan import plan; print(*(f'{node}: {cause}' for node, cause in plan(Path('.'))), sep='\\n')"
 MATERIALIZE = "from pathlib import Path; from pipelines.build import materialize; print(*materialize(Path('.'), mode='inline'))"
@@ -104,12 +104,12 @@ FAILING = [(STAGES["data"], "dim")]
 
 
 def test_errors_come_out_of_dagster_as_they_went_in() -> None:
-    bad = build.failure(ended_by(InputError("a.png: broken; replace it", "b.png: empty; remove it")), FAILING)
+    bad = lane.failure(ended_by(InputError("a.png: broken; replace it", "b.png: empty; remove it")), FAILING)
     assert isinstance(bad, InputError)
     assert bad.problems == ("data@dim: a.png: broken; replace it", "data@dim: b.png: empty; remove it")
-    assert str(build.failure(ended_by(StageError("all refused")), FAILING)) == "data@dim: all refused"
-    assert "ValueError: 7" in str(build.failure(ended_by(ValueError(7)), FAILING))
-    assert isinstance(build.failure(ended_by(dg.DagsterExecutionInterruptedError()), FAILING), KeyboardInterrupt)
+    assert str(lane.failure(ended_by(StageError("all refused")), FAILING)) == "data@dim: all refused"
+    assert "ValueError: 7" in str(lane.failure(ended_by(ValueError(7)), FAILING))
+    assert isinstance(lane.failure(ended_by(dg.DagsterExecutionInterruptedError()), FAILING), KeyboardInterrupt)
 
 
 def manifests(root: Path, references: dict[str, list[str]]) -> None:
