@@ -2,8 +2,11 @@
 
 import asyncio
 import os
+import random
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,7 +15,7 @@ import psutil
 import pytest
 from served_ui import ServedUi, environment, launch, materializations, runs, served, stale, status, tracked, wait_for
 from starlette.datastructures import Headers
-from toy_project import copied, replace_reference, run
+from toy_project import copied, replace_reference, run, set_param
 
 from alignflow_core.artifact import exclusive
 from pipelines.webserver import OwnPagesOnly, is_own
@@ -153,3 +156,47 @@ def test_it_stops_in_the_middle_of_a_run_and_remembers(built_toy: Path, tmp_path
         second.process.wait(180)
     assert second.process.returncode == 143
     assert alive(processes) == []
+
+
+ENDED = ("SUCCESS", "FAILURE", "CANCELED")
+
+
+def killed(ui: ServedUi, words: set[str]) -> bool:
+    """Whether a process of the family with these words in its command was there to be killed."""
+    victims = [process for process in ui.family() if words <= set(process.cmdline())]
+    for process in victims:
+        process.kill()
+    return bool(victims)
+
+
+@pytest.mark.nightly
+def test_daemon_and_run_workers_killed_at_ten_moments_each(built_toy: Path, tmp_path: Path) -> None:
+    root = copied(built_toy, tmp_path)
+    run(root, "-c", SYNC)
+    set_param(root, 1.5, "targets", "amber", "align", "rho")
+    whole = shutil.copytree(root, tmp_path / "whole", symlinks=True)
+    run(whole, "-m", "pipelines.cli", "materialize", "--target", "amber")
+    draw = random.Random(0)
+    for number in range(10):
+        with served(root) as ui:
+            launch(ui, "build_target", "amber")
+            time.sleep(number + draw.random())
+            assert killed(ui, {"dagster._daemon"})
+            assert ui.process.wait(60) == 2, "without its daemon the interface ends, and says so"
+    with served(root) as ui:
+        wait_for(lambda: all(state in ENDED for state in runs(ui).values()))
+        hit = 0
+        for number in range(10):
+            before = set(runs(ui))
+            launch(ui, "build_target", "amber")
+            time.sleep(0.6 * number + draw.random())
+            hit += killed(ui, {"api", "execute_run"})
+            wait_for(lambda: all(state in ENDED for state in runs(ui).values()) and set(runs(ui)) > before)  # noqa: B023
+        assert hit > 3
+        last = launch(ui, "build_target", "amber")
+        wait_for(lambda: runs(ui)[last] in ENDED)
+        assert runs(ui)[last] == "SUCCESS"
+    stages = ("references", "align", "sample_aligned", "filter", "segment_target", "evaluate")
+    assert [(root / "artifacts" / stage / "amber" / "given.txt").read_text() for stage in stages] == [
+        (whole / "artifacts" / stage / "amber" / "given.txt").read_text() for stage in stages]
+    assert [line.partition(":")[0] for line in run(root, "-m", "pipelines.cli", "plan").splitlines()] == ["compare", "report"]

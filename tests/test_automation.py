@@ -1,0 +1,38 @@
+"""The sensor that builds what is stale: what it asks for, and that it is off until somebody switches it on."""
+
+from pathlib import Path
+
+import dagster as dg
+from toy_project import copied, replace_reference, run
+
+from pipelines.automation import stale_sensor
+from pipelines.definitions import build_definitions
+
+REQUESTS = """
+from pathlib import Path
+from pipelines.automation import run_requests
+for request in run_requests(Path(".").resolve()):
+    print(request.job_name, request.partition_key, *(key.to_user_string() for key in request.asset_selection), request.run_key)
+"""
+BUILD = "from pathlib import Path; from pipelines.build import materialize; materialize(Path('.'), mode='inline', target='amber')"
+
+
+def test_lane_after_lane(built_toy: Path, tmp_path: Path) -> None:
+    root = copied(built_toy, tmp_path)
+    assert run(root, "-c", REQUESTS).split() == []
+    replace_reference(root, "amber")
+    first = run(root, "-c", REQUESTS).split()
+    chain = ["reference_set", "aligned_checkpoint", "synthetic_images", "filtered_pairs", "target_segmenters", "metrics"]
+    assert first[:-1] == ["build_target", "amber", *chain]
+    assert run(root, "-c", REQUESTS).split() == first, "the same cause is not tried twice: Dagster skips a key that it has seen"
+    run(root, "-c", BUILD)
+    assert run(root, "-c", REQUESTS).split()[:-1] == ["build_results", "None", "comparison", "report"]
+    replace_reference(root, "dim")
+    assert {line.split()[1] for line in run(root, "-c", REQUESTS).splitlines()} == {"dim"}, "the results wait for every target"
+
+
+def test_it_is_off(smoke_root: Path) -> None:
+    definitions = build_definitions(smoke_root)
+    states = {sensor.name: sensor.default_status for sensor in definitions.sensors}
+    assert states["build_stale"] == dg.DefaultSensorStatus.STOPPED
+    assert stale_sensor(smoke_root, []).description
