@@ -19,7 +19,7 @@ from alignflow_core.stages import STAGES, Stage, node_id
 from pipelines import preview
 from pipelines.checks import CHECKS, refused_input
 from pipelines.descriptions import description, kinds
-from pipelines.resources import StageRunner, TransientStageError
+from pipelines.resources import PROCESS_TAG, StageRunner, TransientStageError, this_process
 
 # Young parts of Dagster, held in place by its pinned version: a check's state per partition, and observed inputs.
 for _feature in ("partitions_def on an AssetCheckSpec", "observable_source_asset"):
@@ -48,10 +48,11 @@ def stage_asset(project: Project, stage: Stage) -> dg.AssetsDefinition:
     @dg.asset(
         key=stage.asset, group_name=stage.group, description=description(stage), partitions_def=keys, deps=dependencies(project, stage),
         owners=[OWNER], kinds=kinds(stage), tags={"alignflow/stage": stage.name, "alignflow/scope": stage.scope},
-        pool="gpu" if stage.gpu else None, code_version=code_hash(stage.name)[:12], check_specs=specs,
+        code_version=code_hash(stage.name)[:12], check_specs=specs,
     )
     def materialize(context: dg.AssetExecutionContext, runner: StageRunner) -> dg.MaterializeResult:
         key, root = (context.partition_key if context.has_partition_key else None), Path(runner.root)
+        context.instance.add_run_tags(context.run_id, {PROCESS_TAG: this_process()})
         build(project, runner, stage.name, key)
         run = track(context, root, stage.name, key)
         provenance = read_json(provenance_file(root, stage.name, key))

@@ -8,10 +8,11 @@ import dagster as dg
 
 from alignflow_core.artifact import json_hash
 from alignflow_core.config import Project, load_project
-from alignflow_core.runner import raw_dirs
-from alignflow_core.stages import STAGES, node_id
+from alignflow_core.runner import code_hash, provenance_file, raw_dirs
+from alignflow_core.stages import STAGES, Stage, node_id
 from pipelines.assets import input_versions, partitions
 from pipelines.plan import causes, job_of, lanes, stale_nodes, upstream_lanes
+from pipelines.resources import fail_dead_runs
 
 DATA_VERSION_TAG = "dagster/data_version"
 UNFINISHED = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED]
@@ -43,7 +44,8 @@ def new_observations(root: Path, instance: dg.DagsterInstance) -> Iterator[dg.As
 
 
 def observe(root: Path, instance: dg.DagsterInstance) -> None:
-    """Tell Dagster which inputs have changed."""
+    """Tell Dagster which inputs have changed, and which of its runs are none."""
+    fail_dead_runs(instance)
     for observation in new_observations(root, instance):
         instance.report_runless_asset_event(observation)
 
@@ -61,6 +63,7 @@ def inputs_sensor(root: Path) -> dg.SensorDefinition:
     @dg.sensor(name="changed_inputs", minimum_interval_seconds=30, default_status=dg.DefaultSensorStatus.RUNNING,
                description="Looks at params.yaml and the raw folders and marks what depends on a changed one as stale. Builds nothing.")
     def changed_inputs(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        fail_dead_runs(context.instance)
         now = signature(root)
         if now == context.cursor:
             return dg.SkipReason("no input was touched")
@@ -75,11 +78,14 @@ def stale_sensor(root: Path, lane_jobs: Sequence[Any]) -> dg.SensorDefinition:
                jobs=lane_jobs,
                description="Builds what 'alignflow plan' calls stale: one run a domain, a target, and for what they share. Off until switched on.")
     def build_stale(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        fail_dead_runs(context.instance)
         busy = context.instance.get_runs(dg.RunsFilter(statuses=UNFINISHED), limit=1)
         if busy:
             return dg.SkipReason(f"run {busy[0].run_id[:8]} is not finished")
-        requests = list(run_requests(root))
-        return dg.SensorResult(run_requests=requests) if requests else dg.SkipReason("nothing is stale, or what is has failed as it stands")
+        now = json_hash([signature(root), *(_built_at(root, stage, key) for stage, key in load_project(root / "params.yaml").graph.nodes())])
+        if now == context.cursor:  # hashing everything is for when something was touched
+            return dg.SkipReason("nothing was touched since the last look")
+        return dg.SensorResult(run_requests=list(run_requests(root)), cursor=now)
 
     return build_stale
 
@@ -87,14 +93,21 @@ def stale_sensor(root: Path, lane_jobs: Sequence[Any]) -> dg.SensorDefinition:
 def run_requests(root: Path) -> Iterator[dg.RunRequest]:
     """A run for every stale lane that reads from no other stale one; the next look finds the lanes after it.
 
-    The key of a run is the cause: what failed is tried again only after something has changed.
+    The key of a run is what it starts from: what failed is tried again only after something has changed.
     """
     project = load_project(root / "params.yaml")
     stale = stale_nodes(project, root, project.graph.nodes())
     waiting = lanes(stale)
     for lane, nodes in waiting.items():
         if not upstream_lanes(project, lane, nodes) & waiting.keys():
-            why = [(node_id(stage.name, key), list(causes(project, root, stage, key))) for stage, key in nodes]
-            state = json_hash([why, {node: version for (_, node), version in input_versions(root).items()}])
-            yield dg.RunRequest(run_key=f"{lane}-{state[:16]}", job_name=lane.job, partition_key=lane.key,
+            seen = [(node_id(stage.name, key), list(causes(project, root, stage, key)), code_hash(stage.name), _built_at(root, stage, key))
+                    for stage, key in nodes]
+            state = json_hash([seen, sorted((*place, version) for place, version in input_versions(root).items())])
+            yield dg.RunRequest(run_key=f"{lane.job}-{lane.key}-{state[:16]}", job_name=lane.job, partition_key=lane.key,
                                 asset_selection=[dg.AssetKey(stage.asset) for stage, _ in nodes])
+
+
+def _built_at(root: Path, stage: Stage, key: str | None) -> int | None:
+    """When the artifact there was built, so that a state that comes back is another one."""
+    file = provenance_file(root, stage.name, key)
+    return file.stat().st_mtime_ns if file.exists() else None

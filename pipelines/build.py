@@ -25,7 +25,8 @@ def materialize(root: Path, selection: str | None = None, target: str | None = N
             so that nothing follows a rebuilt artifact that came out identical.
         target: only this target; without a selection with everything it needs.
         mode: ``dvc`` or ``inline``, see :class:`pipelines.resources.StageRunner`.
-        jobs: lanes built at once; the number of cores if not given, one with ``inline``. Stages that want an accelerator still take turns.
+        jobs: lanes built at once; as many as the cores hold ``machine.threads`` if not given, one with ``inline``. Stages that want an
+            accelerator still take turns.
 
     Raises:
         InputError: unknown target, empty or wrong selection, bad input of a stage.
@@ -58,7 +59,7 @@ def materialize(root: Path, selection: str | None = None, target: str | None = N
         if selection is None:  # a lane that is up to date and reads from none that is not need not be looked at again
             stale = {node_id(stage.name, key) for stage, key in stale_nodes(project, root, nodes)}
             todo = {lane: own for lane, own in todo.items() if any(node_id(stage.name, key) in stale for stage, key in own)}
-        return in_order(project, todo, build, 1 if mode == "inline" else jobs or os.cpu_count() or 1)
+        return in_order(project, todo, build, 1 if mode == "inline" else jobs or max(1, len(os.sched_getaffinity(0)) // project.machine.threads))
 
 
 def in_order(project: Project, todo: dict[Lane, list[Node]], build: Callable[[Lane, list[Node], bool], list[str]], jobs: int) -> list[str]:

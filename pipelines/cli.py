@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--stale", action="store_true", help="all that is stale and nothing else (the default)")
     what.add_argument("selection", nargs="?", metavar="SELECTION", help="Dagster asset selection, such as key:report")
     sub.add_argument("--target", help="only this target, with what it needs")
-    sub.add_argument("--jobs", type=int, metavar="N", help="domains and targets built at once (default: the number of cores)")
+    sub.add_argument("--jobs", type=int, metavar="N", help="domains and targets built at once (default: cores / machine.threads)")
     add_root(sub)
 
     sub = add("sync", sync, "tell Dagster what a terminal 'dvc repro' has built")

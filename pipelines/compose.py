@@ -16,6 +16,7 @@ from alignflow_core.validation import nearest
 
 CONF_DIR = Path(__file__).parent / "conf"
 GROUPS = ("profile", "task", "reward", "encoder")
+EXPERIMENT_KEYS = ("reward", "encoder")  # of a whole project, see alignflow_core/config.py
 TARGET_DEFAULTS = ("align", "references")  # top-level sections that every target starts from
 
 
@@ -74,7 +75,10 @@ def rewrite_params(file: Path, params: dict[str, Any], origin: str) -> None:
         InputError: they are wrong, ``origin`` being named; nothing is written then.
     """
     first = file.read_text(encoding="utf-8").partition("\n")[0]
-    text = render(as_plain(build_project(params, origin))).partition("\n")[2]
+    build_project(params, origin)
+    own = {key: params.get(key) for key in EXPERIMENT_KEYS}  # stand in for the targets' own values, which must not be lost
+    plain = as_plain(build_project(params | dict.fromkeys(EXPERIMENT_KEYS), origin)) | own
+    text = render(plain).partition("\n")[2]
     write_text(file, f"{first}\n{text}" if first.startswith("#") else text)
 
 

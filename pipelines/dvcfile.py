@@ -49,7 +49,8 @@ def _stage(project: Project, stage: Stage, root: Path) -> dict[str, Any]:
         "desc": stage.description,
         "cmd": f"python -m alignflow_core stage {stage.name}{option}{mark}",
         "deps": [*_inputs(project, stage, key), *(["${item.raw}"] if stage.raw else []), *sources],
-        "params": [dotted.replace("{key}", "${key}") for dotted in stage.params],
+        # What a target chooses by name a whole project may choose for an experiment; the stage itself reads the target's entry, resolved.
+        "params": [*(dotted.replace("{key}", "${key}") for dotted in stage.params), *(dotted.rpartition(".")[2] for dotted in stage.chosen)],
         "outs": [out.as_posix(), provenance_file(Path(), stage.name, key).as_posix()],
     }
     if key is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import dagster as dg
 
 from alignflow_core.artifact import json_hash
+from alignflow_core.config import load_project
 from alignflow_core.runner import provenance_file
 from alignflow_core.stages import STAGES
 from pipelines.plan import plan
@@ -18,9 +19,9 @@ from pipelines.plan import plan
 RESULTS, UP_TO_DATE = ("compare", "report"), "up_to_date"
 
 
-def up_to_date(root: Path, stage: str) -> dg.AssetCheckResult:
-    """Whether everything that these results rest on is as params.yaml, the raw folders and the code would have it now."""
-    stale = {node: cause for node, cause in plan(root) if stage == "report" or node != "report"}
+def up_to_date(stale_nodes: list[tuple[str, str]], stage: str) -> dg.AssetCheckResult:
+    """Whether everything that these results rest on is as params.yaml, the raw folders and the code would have it now, by a :func:`plan`."""
+    stale = {node: cause for node, cause in stale_nodes if stage == "report" or node != "report"}
     first = next(iter(stale.items()), None)
     return dg.AssetCheckResult(passed=not stale, severity=dg.AssetCheckSeverity.WARN, metadata={
         "stale": len(stale), "first": f"{first[0]}: {first[1]}" if first else "", "nodes": ", ".join(stale)})
@@ -32,7 +33,7 @@ def freshness_checks(root: Path) -> list[dg.AssetChecksDefinition]:
         @dg.asset_check(asset=STAGES[stage].asset, name=UP_TO_DATE,
                         description="Nothing that these results rest on has changed since; 'alignflow plan' says what did.")
         def fresh() -> dg.AssetCheckResult:
-            return up_to_date(root, stage)
+            return up_to_date(plan(root), stage)
 
         return fresh
 
@@ -40,7 +41,7 @@ def freshness_checks(root: Path) -> list[dg.AssetChecksDefinition]:
 
 
 def freshness_sensor(root: Path, signature: Callable[[Path], str]) -> dg.SensorDefinition:
-    """Looks again whenever an input or an artifact was touched, so that the report turns yellow by itself.
+    """Looks again whenever an input was touched or an artifact built, so that the report turns yellow by itself.
 
     Args:
         root: project root.
@@ -49,12 +50,13 @@ def freshness_sensor(root: Path, signature: Callable[[Path], str]) -> dg.SensorD
     @dg.sensor(name="stale_results", minimum_interval_seconds=120, default_status=dg.DefaultSensorStatus.RUNNING,
                description="Marks the comparison and the report when something they rest on has changed. Builds nothing.")
     def stale_results(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-        records = sorted((root / "artifacts").glob("**/*.json"))
-        now = json_hash([signature(root), [(str(file), file.stat().st_mtime_ns) for file in records if file.name != "metrics.json"]])
+        files = [provenance_file(root, stage.name, key) for stage, key in load_project(root / "params.yaml").graph.nodes()]
+        now = json_hash([signature(root), [file.stat().st_mtime_ns if file.exists() else None for file in files]])
         built = [stage for stage in RESULTS if provenance_file(root, stage, None).exists()]
         if now == context.cursor or not built:
             return dg.SkipReason("nothing was touched" if built else "no results yet")
-        results = {stage: up_to_date(root, stage) for stage in built}
+        stale = plan(root)
+        results = {stage: up_to_date(stale, stage) for stage in built}
         return dg.SensorResult(cursor=now, asset_events=[
             dg.AssetCheckEvaluation(asset_key=dg.AssetKey(STAGES[stage].asset), check_name=UP_TO_DATE, passed=result.passed,
                                     severity=result.severity, metadata=result.metadata) for stage, result in results.items()])

@@ -53,8 +53,11 @@ def build_lane_apart(root: Path, mode: str, lane: Lane, nodes: list[Node]) -> li
     with tempfile.NamedTemporaryFile(suffix=".json") as result:
         run_guarded([sys.executable, "-m", "pipelines.lane", "--root", str(root), "--mode", mode, "--result", result.name,
                      *(["--key", lane.key] if lane.key else []), lane.job, *(stage.name for stage, _ in nodes)], root)
-        built: list[str] = read_json(Path(result.name))
-        return built
+        told = read_json(Path(result.name))
+    if told["problems"]:
+        raise InputError(*told["problems"]) if told["bad_input"] else StageError("\n".join(told["problems"]))
+    built: list[str] = told["built"]
+    return built
 
 
 def main() -> int:
@@ -76,8 +79,12 @@ def main() -> int:
     dagster_home(options.root)
     with dg.DagsterInstance.get() as instance:
         job = build_definitions(options.root, options.mode).resolve_implicit_global_asset_job_def()
-        built = build_lane(options.root, load_project(options.root / "params.yaml"), job, instance, Lane(options.job, options.key), nodes)
-    options.result.write_text(json.dumps(built), encoding="utf-8")
+        told: dict[str, Any] = {"built": [], "problems": [], "bad_input": False}
+        try:
+            told["built"] = build_lane(options.root, load_project(options.root / "params.yaml"), job, instance, Lane(options.job, options.key), nodes)
+        except (InputError, StageError) as error:  # the caller raises it anew; scraped from the output it would come with those of others
+            told |= {"problems": str(error).splitlines(), "bad_input": isinstance(error, InputError)}
+    options.result.write_text(json.dumps(told), encoding="utf-8")
     return 0
 
 

@@ -28,7 +28,7 @@ class Lane:
     key: str | None
 
     def __str__(self) -> str:
-        return self.key or self.job.removeprefix("build_")
+        return " ".join([self.job.removeprefix("build_"), *([self.key] if self.key else [])])
 
 
 def job_of(stage: Stage) -> str:

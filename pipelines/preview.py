@@ -16,7 +16,8 @@ import dagster as dg
 
 from alignflow_core.artifact import read_json
 from alignflow_core.runner import provenance_file
-from alignflow_core.stages import artifact_dir, node_id
+from alignflow_core.stages import artifact_dir
+from pipelines.versions import Versions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,17 +99,10 @@ def _run_page(root: Path, run: str) -> dict[str, Any]:
 
 
 def _dvc(root: Path, stage: str, key: str | None) -> dict[str, Any]:
-    """Where DVC keeps the artifact and the hash it has there, as far as ``dvc.lock`` tells."""
-    import yaml
-
+    """Where DVC keeps the artifact and the hash it has there, where ``dvc.lock`` speaks of the artifact as it lies here."""
     path = artifact_dir(stage, key).as_posix()
-    try:
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)((root / "dvc.lock").read_text(encoding="utf-8"))  # in C where there is one
-        lock = loader.get_single_data()
-        outs = lock["stages"][node_id(stage, key)]["outs"]
-        return {"dvc_path": path, "dvc_md5": next(out["md5"] for out in outs if out["path"] == path)}
-    except (OSError, yaml.YAMLError, LookupError, TypeError, StopIteration):  # not built by DVC, or being written at this moment
-        return {}
+    md5 = Versions(root).md5((stage, key), "outs", path)
+    return {"dvc_path": path, "dvc_md5": md5} if md5 else {}
 
 
 def _read(file: Path, columns: list[str] | None = None) -> "pd.DataFrame":

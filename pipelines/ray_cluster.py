@@ -84,14 +84,17 @@ def fan_out(root: Path, nodes: Sequence[tuple[Stage, str | None]]) -> list[str]:
 
 def results(tasks: dict[str, Any]) -> list[str]:
     """Names of finished tasks; what failed is named once, not again for all that waited for it."""
+    first: BaseException | None = None
     problems: dict[str, str] = {}  # what was said -> who said it first: tasks that waited for a failed one repeat it
     for node, task in tasks.items():
         try:
             ray.get(task)
         except (RayTaskError, TaskCancelledError) as error:
-            problems.setdefault(str(getattr(error, "cause", None) or error), node)
+            cause = getattr(error, "cause", None) or error
+            first = first or cause
+            problems.setdefault(str(cause), node)
     if problems:
-        raise StageError("; ".join(f"{node}: {said}" for said, node in problems.items()))
+        raise StageError("; ".join(f"{node}: {said}" for said, node in problems.items())) from first
     return list(tasks)
 
 
@@ -105,8 +108,11 @@ class RayStageRunner(StageRunner):
     cluster: dg.ResourceDependency[RayResource]
 
     def build(self, stage: str, key: str | None) -> None:
-        """See :meth:`StageRunner.build`."""
-        fan_out(Path(self.root), [(STAGES[stage], key)])
+        """See :meth:`StageRunner.build`; errors come back as what they were."""
+        try:
+            fan_out(Path(self.root), [(STAGES[stage], key)])
+        except StageError as error:
+            raise error.__cause__ if isinstance(error.__cause__, InputError | StageError) else error from None
 
 
 def on_ray(root: Path, cluster: RayResource) -> dg.Definitions:

@@ -3,14 +3,15 @@
 import contextlib
 import os
 import re
-import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import dagster as dg
+import psutil
 
 from alignflow_core.artifact import exclusive
 from alignflow_core.config import load_project
@@ -18,13 +19,15 @@ from alignflow_core.errors import InputError, StageError
 from alignflow_core.runner import is_current, plan_stage, run_stage
 from alignflow_core.stages import STAGES, node_id
 from pipelines import guardian
+from pipelines.compose import write_text
 from pipelines.versions import Versions
 
 KILLED = (128 + signal.SIGKILL, 128 + signal.SIGTERM)  # by the kernel for want of memory, by a scheduler that wants the machine back
 SIGNS = ("OutOfMemoryError", "MemoryError", "out of memory", "in use by pid", "is being blocked by", "Unable to acquire lock")
 RUNNING: set[subprocess.Popen[bytes]] = set()
 STOPPING = threading.Event()  # nothing new may start in any thread
-GRACE_SECONDS = guardian.STOP_SECONDS  # for a training loop to save its state, and for what ignores that to be killed
+PROCESS_TAG = "alignflow/process"
+SETTINGS = Path(__file__).with_name("dagster.yaml")  # of a project that has none of its own
 TAIL = 20_000  # bytes of a command's output that its failure is read from
 
 
@@ -190,6 +193,28 @@ def stop_group(process: subprocess.Popen[bytes]) -> None:
         break
 
 
+def this_process() -> str:
+    """This process as a run's tag: host, pid and start, for pids are used again."""
+    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
+
+
+def fail_dead_runs(instance: dg.DagsterInstance) -> None:
+    """Mark as failed what Dagster takes for running though its process on this machine is gone: nobody else does after a SIGKILL."""
+    for run in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])):
+        host, _, rest = run.tags.get(PROCESS_TAG, "").partition(" ")
+        if host == socket.gethostname() and not is_alive(*map(int, rest.split())):
+            instance.report_run_failed(run, "Its process was killed; the same command or another run continues from what was saved last.")
+
+
+def is_alive(pid: int, started: int) -> bool:
+    """Whether the process of this pid and start is still there."""
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - started) <= 1 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def project_root() -> Path:
     """``ALIGNFLOW_ROOT``, or the current folder."""
     return Path(os.environ.get("ALIGNFLOW_ROOT", ".")).resolve()
@@ -203,6 +228,8 @@ def dagster_home(root: Path) -> Path:
     home = root.resolve() / ".alignflow" / "dagster"
     home.mkdir(parents=True, exist_ok=True)
     settings = root / "dagster.yaml"
-    shutil.copyfile(settings if settings.exists() else Path(__file__).parents[1] / "dagster.yaml", home / "dagster.yaml")
+    wanted, kept = (settings if settings.exists() else SETTINGS).read_text(encoding="utf-8"), home / "dagster.yaml"
+    if not kept.exists() or kept.read_text(encoding="utf-8") != wanted:
+        write_text(kept, wanted)  # by rename: others may be reading it
     os.environ |= {"DAGSTER_HOME": str(home), "DAGSTER_DISABLE_TELEMETRY": "1"}
     return home

@@ -69,8 +69,8 @@ def init(root: Path, source: str, targets: Sequence[str], references: int | None
     references_dirs = [str(entry["dir"]) for entry in drawn.values() if "dir" in entry]
     for folder in references_dirs:
         (root / folder / "images").mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(Path(__file__).parents[1] / "dagster.yaml", root / "dagster.yaml")
-    for name, text in ((".gitignore", IGNORED), (".dvcignore", ".alignflow\nmlruns\n"), ("workspace.yaml", WORKSPACE)):
+    settings = Path(__file__).with_name("dagster.yaml").read_text(encoding="utf-8")
+    for name, text in (("dagster.yaml", settings), (".gitignore", IGNORED), (".dvcignore", ".alignflow\nmlruns\n"), ("workspace.yaml", WORKSPACE)):
         if not (root / name).exists():
             write_text(root / name, text)
     _version_control(root)
@@ -95,4 +95,4 @@ def _version_control(root: Path) -> None:
         at_top = inside and (root / ".git").exists()
         kind = [] if at_top else ["--subdir"] if inside else ["--no-scm"]
         subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet", *kind], cwd=root, check=True)
-        write_text(root / ".dvc" / "config", DVC_CONFIG)
+        write_text(root / ".dvc" / "config", DVC_CONFIG if inside else f"{DVC_CONFIG}    no_scm = true\n")

@@ -42,6 +42,9 @@ def add(root: Path, name: str, references: str, like: str | None = None, domain:
     if domain is None and like is None:
         problems.append(f"target '{name}': has no labelled images to be measured on; give their folder with --domain DIR, "
                         f"or with --like T the domain of another target")
+    elif domain is not None and name in project.domains and (root / project.domains[name].dir).resolve() != domain.resolve():
+        problems.append(f"--domain {domain}: '{name}' is another folder already, {project.domains[name].dir}, which other targets read; "
+                        "choose another name")
     folder = None if references.isdecimal() else Path(references)
     for where, labelled in ((folder, False), (domain, True)):
         if where is not None:

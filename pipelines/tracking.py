@@ -119,11 +119,19 @@ def attempt(root: Path, stage: str, key: str | None) -> str | None:
 
 def experiment_id(store: "MlflowClient", root: Path, project: Project) -> str:
     """Id of the experiment of the project's task, made if need be."""
+    from mlflow.exceptions import MlflowException
+
     found = store.get_experiment_by_name(project.task.name)
     if found:
         return str(found.experiment_id)
     kind = {"mlflow.experimentKind": "custom_model_development"}  # the page opens on runs and curves, not on chat traces
-    return str(store.create_experiment(project.task.name, artifact_location=(root / "mlruns").as_uri(), tags=kind))
+    try:
+        return str(store.create_experiment(project.task.name, artifact_location=(root / "mlruns").as_uri(), tags=kind))
+    except MlflowException:  # another process was quicker
+        again = store.get_experiment_by_name(project.task.name)
+        if again is None:
+            raise
+        return str(again.experiment_id)
 
 
 def _axes(root: Path, project: Project, stage: str, key: str | None) -> dict[str, str]:

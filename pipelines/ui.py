@@ -75,7 +75,7 @@ def serve(root: Path) -> None:
             # It listens in a temporary folder, for the path of a socket must be short.
             code_server, workspace = Path(folder) / "code", Path(folder) / "workspace.yaml"
             workspace.write_text(f"load_from: [{{grpc_server: {{socket: {code_server}, location_name: alignflow}}}}]\n")
-            start("dagster", "code-server", "start", "-m", "pipelines.definitions", "-d", str(root), "--socket", str(code_server))
+            start("dagster", "code-server", "start", "-m", definitions_module(root), "-d", str(root), "--socket", str(code_server))
             start("mlflow", "ui", "--backend-store-uri", tracking.store_uri(root), "--default-artifact-root", (root / "mlruns").as_uri(),
                   "--host", HOST, "--port", str(mlflow_port), "--allowed-hosts", ALLOWED_HOSTS, "--workers", "1")
             wait(code_server.exists)
@@ -92,6 +92,24 @@ def serve(root: Path) -> None:
         finally:
             with ThreadPoolExecutor() as pool:
                 list(pool.map(stop, processes))
+
+
+def definitions_module(root: Path) -> str:
+    """The module with the project's definitions that ``workspace.yaml`` names; ``pipelines.definitions`` where there is none.
+
+    Raises:
+        InputError: it names none, or several.
+    """
+    import yaml
+
+    file = root / "workspace.yaml"
+    if not file.exists():
+        return "pipelines.definitions"
+    try:
+        (only,) = yaml.safe_load(file.read_text(encoding="utf-8"))["load_from"]
+        return str(only["python_module"]["module_name"])
+    except (yaml.YAMLError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: must name one python_module with its module_name ({error!r}); see docs/scaling.md, or remove the file") from error
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -32,21 +32,27 @@ class Versions:
 
     @cached_property
     def locked(self) -> dict[str, Any]:
-        """Stages of ``dvc.lock``."""
+        """Stages of ``dvc.lock``; none while it cannot be read."""
         file = self.root / "dvc.lock"
-        return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("stages", {}) if file.exists() else {}
+        if not file.exists():
+            return {}
+        try:
+            loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(file.read_text(encoding="utf-8"))  # in C where there is one
+            return dict((loader.get_single_data() or {}).get("stages", {}))
+        except yaml.YAMLError:  # being written at this moment
+            return {}
 
     def artifact(self, node: Node, content: str) -> "Dataset":
         """An input artifact with this content hash, named ``align@amber``."""
         file, folder = provenance_file(self.root, *node), artifact_dir(*node).as_posix()
         same = file.exists() and read_json(file)["content"] == content
-        return _dataset(node_id(*node), folder, content, self._md5(node, "outs", folder) if same else None)
+        return _dataset(node_id(*node), folder, content, self.md5(node, "outs", folder) if same else None)
 
     def raw(self, provenance: Mapping[str, Any], dotted: str) -> "Dataset":
         """A raw folder that the stage of this provenance has read, named by its key of params.yaml."""
         section, _, last = dotted.rpartition(".")
         folder = provenance["params"][section][last]
-        return _dataset(dotted, folder, provenance["raw"][dotted], self._md5((provenance["stage"], provenance["key"]), "deps", folder))
+        return _dataset(dotted, folder, provenance["raw"][dotted], self.md5((provenance["stage"], provenance["key"]), "deps", folder))
 
     def known(self, node: Node) -> bool:
         """Whether the lock speaks of this stage's artifact as it lies here."""
@@ -54,7 +60,7 @@ class Versions:
         recorded = self._hashes(node, "outs").get(file.relative_to(self.root).as_posix())
         return recorded is not None and file.exists() and recorded == hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()
 
-    def _md5(self, node: Node, side: str, path: str) -> str | None:
+    def md5(self, node: Node, side: str, path: str) -> str | None:
         """The hash of a dependency or an output of a stage, if the lock is to be believed about it."""
         return self._hashes(node, side).get(path) if self.known(node) else None
 

@@ -11,7 +11,7 @@ from served_ui import runs, served, stale, wait_for
 from toy_project import TARGETS, copied, replace_reference, run
 
 pytestmark = pytest.mark.nightly
-pytest.importorskip("selenium", reason="needs selenium, of the extra 'dev'")
+pytest.importorskip("selenium", reason="needs selenium, of the extra 'nightly'")
 
 from selenium import webdriver  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402

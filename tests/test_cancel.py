@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import dagster as dg
 import psutil
 import pytest
 from toy_project import REPOSITORY
@@ -172,3 +174,16 @@ def test_all_threads_are_stopped_at_once_and_start_nothing_new(tmp_path: Path) -
         finally:
             resources.STOPPING.clear()
     assert not resources.RUNNING
+
+
+def test_runs_whose_process_is_gone_are_failed_and_others_left() -> None:
+    gone, here = f"{socket.gethostname()} {2 ** 22 + 1} 0", resources.this_process()
+    with dg.DagsterInstance.ephemeral() as instance:
+        job = dg.JobDefinition(name="j", graph_def=dg.GraphDefinition("g"))
+        tags = {"dead": gone, "alive": here, "elsewhere": "otherhost 1 0", "untagged": ""}
+        runs = {name: instance.create_run_for_job(job, tags={resources.PROCESS_TAG: tag} if tag else {}, status=dg.DagsterRunStatus.STARTED)
+                for name, tag in tags.items()}
+        resources.fail_dead_runs(instance)
+        states = {name: instance.get_run_by_id(run.run_id).status for name, run in runs.items()}
+    assert states.pop("dead") == dg.DagsterRunStatus.FAILURE
+    assert set(states.values()) == {dg.DagsterRunStatus.STARTED}

@@ -12,7 +12,7 @@ import yaml
 from alignflow_core.artifact import write_json
 from alignflow_core.config import load_project
 from alignflow_core.errors import InputError, StageError
-from pipelines import assets, build, checks, freshness
+from pipelines import assets, checks, freshness, lane
 from pipelines.checks import CHECKS, Check
 from pipelines.resources import StageRunner, TransientStageError
 
@@ -161,13 +161,13 @@ def test_scores_in_range(root: Path, metrics: dict[str, float], passed: bool) ->
 
 def test_results_are_fresh_by_content(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def passed(stale: list[tuple[str, str]]) -> list[bool]:
-        monkeypatch.setattr(freshness, "plan", lambda root: stale)
-        return [freshness.up_to_date(root, stage).passed for stage in freshness.RESULTS]
+        return [freshness.up_to_date(stale, stage).passed for stage in freshness.RESULTS]
 
     assert passed([]) == [True, True]
     assert passed([("references@amber", "1 reference image replaced")]) == [False, False]
     assert passed([("report", "code changed")]) == [True, False], "the comparison does not rest on the report"
 
+    monkeypatch.setattr(freshness, "plan", lambda root: [("report", "code changed")])
     sensor = freshness.freshness_sensor(root, lambda root: "s")
     with dg.build_sensor_context() as context:
         assert isinstance(sensor(context), dg.SkipReason), "no results yet"
@@ -235,7 +235,7 @@ def test_what_is_tried_again_and_how_it_comes_out(root: Path, monkeypatch: pytes
 
     result = dg.materialize([failing], raise_on_error=False)
     assert len((root / "tries.txt").read_text()) == tries
-    error = build.failure(result, [])
+    error = lane.failure(result, [])
     assert type(error) is kind and str(error).strip() == message
     said = next(event.step_failure_data.user_failure_data for event in result.get_step_failure_events())
     if mode == "bad":

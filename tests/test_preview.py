@@ -1,6 +1,7 @@
 """What Dagster shows: definitions that load light, and metadata with pictures but without real images or names."""
 
 import base64
+import hashlib
 import io
 import re
 import subprocess
@@ -142,10 +143,14 @@ def test_kept_and_refused_pairs(tmp_path: Path) -> None:
 def test_the_hash_that_dvc_has(tmp_path: Path) -> None:
     built(tmp_path, "align/amber", {})
     assert "dvc_md5" not in preview.metadata(tmp_path, "align", "amber"), "built without DVC"
-    outs = [{"path": "artifacts/align/amber", "md5": "77.dir"}, {"path": "artifacts/align/amber.json", "md5": "78"}]
+    recorded = hashlib.md5((tmp_path / "artifacts/align/amber.json").read_bytes(), usedforsecurity=False).hexdigest()
+    outs = [{"path": "artifacts/align/amber", "md5": "77.dir"}, {"path": "artifacts/align/amber.json", "md5": recorded}]
     (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": {"align@amber": {"outs": outs}}}))
     found = preview.metadata(tmp_path, "align", "amber")
     assert (found["dvc_path"], found["dvc_md5"], found["content"], found["fingerprint"]) == ("artifacts/align/amber", "77.dir", "c0", "f0")
+    outs[1]["md5"] = "78"
+    (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": {"align@amber": {"outs": outs}}}))
+    assert "dvc_md5" not in preview.metadata(tmp_path, "align", "amber"), "the lock speaks of an older artifact"
     (tmp_path / "dvc.lock").write_text("stages: [half wri")
     assert "dvc_md5" not in preview.metadata(tmp_path, "align", "amber")
 

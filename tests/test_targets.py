@@ -1,6 +1,8 @@
 """Adding a hospital, taking one out, a project of one's own, and experiments over every target."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,3 +102,27 @@ def test_init_with_reference_folders(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a target too"):
         init(tmp_path / "other", "a", ["a"], None, "binary", [])
     assert not (tmp_path / "other").exists()
+
+
+def test_an_experiment_leaves_the_targets_their_own(smoke_root: Path) -> None:
+    file = smoke_root / "params.yaml"
+    file.write_text(file.read_text().replace("\nreward: null", "\nreward: mmd"))
+    assert load_project(file).targets["amber"].align.reward == "mmd"
+    targets.add(smoke_root, "amber-k4", "4", like="amber")
+    after = read_params(file)
+    assert (after["reward"], after["targets"]["amber"]["align"]["reward"]) == ("mmd", "frechet")
+
+
+def test_a_domain_of_others_is_not_replaced(smoke_root: Path) -> None:
+    targets.add(smoke_root, "amber-k4", "4", like="amber")
+    targets.remove(smoke_root, "amber")
+    with pytest.raises(InputError, match="'amber' is another folder already"):
+        targets.add(smoke_root, "amber", "4", domain=smoke_root / "data/target/violet")
+
+
+def test_init_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    init(tmp_path / "mine", "a", ["b"], 4, "binary", ["profile=smoke"])
+    told = subprocess.run([sys.executable, "-m", "dvc", "status"], cwd=tmp_path / "mine", capture_output=True, text=True, check=False)
+    assert "not a git repository" not in told.stderr.lower()
+    assert "no_scm = true" in (tmp_path / "mine/.dvc/config").read_text()
