@@ -37,6 +37,7 @@ nightly: setup
 # benchmarks/reward_per_second.py needs a finished run and is started by hand.
 bench: setup
 	@$(BIN)/python benchmarks/stage_two.py $(BENCH_ARGS)
+	@$(BIN)/python benchmarks/orchestration.py
 
 lint: setup
 	@$(BIN)/ruff check .

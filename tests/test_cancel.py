@@ -36,7 +36,14 @@ Path("saved").touch()
 other.kill()
 sys.exit(130)
 """
-CALLER = "import sys; from pathlib import Path; from pipelines.resources import run_guarded; run_guarded(sys.argv[1:], Path('.'))"
+CALLER = """
+import signal, sys
+from pathlib import Path
+from pipelines.resources import run_guarded
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it, and so would all below
+run_guarded(sys.argv[1:], Path("."))
+"""
 DVC = [sys.executable, "-m", "dvc", "repro", "--single-item", "training"]
 LIMIT = 10.0
 
