@@ -8,7 +8,6 @@ result is that of one process, up to the order of floating-point sums. What is n
 All of this is off, and costs nothing, unless :func:`run_together` has been entered.
 """
 
-import importlib
 import os
 import tempfile
 import time
@@ -23,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from alignflow_core.config import load_project
 from alignflow_core.errors import InputError
-from alignflow_core.runner import Context, stage_config
-from alignflow_core.stages import STAGES, artifact_dir, node_id
+from alignflow_core.runner import Context, call
+from alignflow_core.stages import STAGES, node_id
 
 POLL_SECONDS = 0.2
 COLLECTIVE_TIMEOUT = timedelta(hours=1)  # a rank may have to read its data before it joins
@@ -63,13 +62,9 @@ def _follow(store: dist.Store, root: Path, name: str, key: str | None) -> int:
         if store.check(["finished"]):
             return 0
         time.sleep(POLL_SECONDS)  # not store.wait, which would hold back signals
-    stage, project = STAGES[name], load_project(root / "params.yaml")
-    module, _, function = stage.function.partition(":")
-    run = getattr(importlib.import_module(f"alignflow_core.{module}"), function)
-    inputs = {n: root / artifact_dir(*node) for n, node in project.graph.inputs(stage, key).items()}
     with tempfile.TemporaryDirectory() as scratch:
         context = Context(key, root, root / ".alignflow" / "work" / node_id(name, key), lambda *_: None, lambda *_: None)
-        run(stage_config(project, stage, key), inputs, Path(scratch), context)
+        call(load_project(root / "params.yaml"), STAGES[name], key, Path(scratch), context)
     while not store.check(["finished"]):
         time.sleep(POLL_SECONDS)
     return 0

@@ -208,10 +208,7 @@ def run_stage(root: Path, name: str, key: str | None = None, *, force: bool = Fa
             with accelerator(stage, project, node, quiet), spool.open("a", encoding="utf-8") as stream, sampled() as usage:
                 started = time.time()
                 context = Context(key, root, work_dir, _logger(stream), _progress(node, quiet))
-                module, _, function = stage.function.partition(":")
-                run = getattr(importlib.import_module(f"alignflow_core.{module}"), function)
-                inputs = {n: root / artifact_dir(*node_of) for n, node_of in project.graph.inputs(stage, key).items()}
-                metrics = run(stage_config(project, stage, key), inputs, part_dir, context)
+                metrics = call(project, stage, key, part_dir, context)
         except BaseException:
             shutil.rmtree(part_dir, ignore_errors=True)
             raise
@@ -228,6 +225,15 @@ def run_stage(root: Path, name: str, key: str | None = None, *, force: bool = Fa
         })
         shutil.rmtree(work_dir)
         return True
+
+
+def call(project: Project, stage: Stage, key: str | None, out_dir: Path, context: Context) -> dict[str, float]:
+    """Call a stage's function with its configuration and its inputs, which lie below ``context.root``; returns its metrics."""
+    module, _, function = stage.function.partition(":")
+    run = getattr(importlib.import_module(f"alignflow_core.{module}"), function)
+    inputs = {name: context.root / artifact_dir(*node) for name, node in project.graph.inputs(stage, key).items()}
+    metrics: dict[str, float] = run(stage_config(project, stage, key), inputs, out_dir, context)
+    return metrics
 
 
 @contextlib.contextmanager

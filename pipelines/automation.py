@@ -9,7 +9,7 @@ import dagster as dg
 from alignflow_core.artifact import json_hash
 from alignflow_core.config import Project, load_project
 from alignflow_core.runner import code_hash, provenance_file, raw_dirs
-from alignflow_core.stages import STAGES, Stage, node_id
+from alignflow_core.stages import STAGES, Stage, artifact_dir, node_id
 from pipelines.assets import input_versions, partitions
 from pipelines.plan import causes, job_of, lanes, stale_nodes, upstream_lanes
 from pipelines.resources import fail_dead_runs
@@ -107,7 +107,7 @@ def run_requests(root: Path) -> Iterator[dg.RunRequest]:
                                 asset_selection=[dg.AssetKey(stage.asset) for stage, _ in nodes])
 
 
-def _built_at(root: Path, stage: Stage, key: str | None) -> int | None:
-    """When the artifact there was built, so that a state that comes back is another one."""
-    file = provenance_file(root, stage.name, key)
-    return file.stat().st_mtime_ns if file.exists() else None
+def _built_at(root: Path, stage: Stage, key: str | None) -> list[int | None]:
+    """When the artifact there was built, and when a file of its folder last came or went: a state that comes back is another one."""
+    places = (provenance_file(root, stage.name, key), root / artifact_dir(stage.name, key))
+    return [place.stat().st_mtime_ns if place.exists() else None for place in places]

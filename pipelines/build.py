@@ -15,6 +15,7 @@ from pipelines.plan import Lane, Node, lanes, stale_nodes, upstream_lanes
 if TYPE_CHECKING:
     import dagster as dg
 
+
 def materialize(root: Path, selection: str | None = None, target: str | None = None, mode: str = "dvc", jobs: int | None = None) -> list[str]:
     """Build through Dagster, so that it appears there; returns the nodes whose artifact was built anew, lane by lane.
 

@@ -25,6 +25,7 @@ from alignflow_core.artifact import file_hash, json_hash, read_json
 from alignflow_core.config import Project
 from alignflow_core.runner import provenance_file
 from alignflow_core.stages import STAGES, artifact_dir, node_id
+from pipelines.versions import NodeName
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 CHAMPION = "champion"
 FOLDER = "model"  # among the artifacts of the run that built the network
 WEIGHTS = "weights.safetensors"
-
-Node = tuple[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,11 @@ class Model:
     """
 
     name: str
-    node: Node
+    node: NodeName
     folder: str
     arm: str
     targets: tuple[str, ...]
-    instrument: tuple[tuple[Node, tuple[str, ...]], ...]
+    instrument: tuple[tuple[NodeName, tuple[str, ...]], ...]
 
     def files(self, root: Path) -> dict[str, Path]:
         """Path inside the version -> file; none where the network was not trained."""
@@ -78,7 +77,7 @@ def measured_by(project: Project, stage: str, key: str | None) -> tuple[Model, .
     return ()
 
 
-def register(store: "MlflowClient", root: Path, project: Project, node: Node, run_of: Callable[[str, str | None], str]) -> None:
+def register(store: "MlflowClient", root: Path, project: Project, node: NodeName, run_of: Callable[[str, str | None], str]) -> None:
     """Register what the artifact of ``node`` has measured, once; nothing where a network or its arm was not trained.
 
     Args:
@@ -179,9 +178,9 @@ def _judge(store: "MlflowClient", model: Model, version: "ModelVersion", values:
             f"over {units} patients, sequences or images")
 
 
-def _of_one_piece(root: Path, project: Project, node: Node) -> bool:
+def _of_one_piece(root: Path, project: Project, node: NodeName) -> bool:
     """Whether every artifact upstream lies on disk as it was read: another run may have replaced the network since it was measured."""
-    known: dict[Node, bool] = {}
+    known: dict[NodeName, bool] = {}
 
     def visit(stage: str, key: str | None) -> bool:
         if (stage, key) not in known:

@@ -180,19 +180,6 @@ def stop_all() -> None:
         stop(process)
 
 
-def stop_group(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt a server's process group, then terminate, then kill what does not leave."""
-    for number, seconds in ((signal.SIGINT, 6.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, None)):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            continue
-        except ProcessLookupError:
-            pass
-        break
-
-
 def this_process() -> str:
     """This process as a run's tag: host, pid and start, for pids are used again."""
     return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"

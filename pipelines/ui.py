@@ -23,7 +23,7 @@ from alignflow_core.errors import InputError
 from alignflow_core.runner import stop_on_sigterm
 from pipelines import tracking
 from pipelines.automation import observe
-from pipelines.resources import dagster_home, stop_group
+from pipelines.resources import dagster_home
 from pipelines.webserver import HOST
 
 DAGSTER_PORT, MLFLOW_PORT = 3000, 5000
@@ -121,6 +121,19 @@ def stop(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, 0)
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def stop_group(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt a server's process group, then terminate, then kill what does not leave."""
+    for number, seconds in ((signal.SIGINT, 6.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            pass
+        break
 
 
 def free_port(first: int) -> socket.socket:

@@ -20,7 +20,7 @@ from alignflow_core.stages import artifact_dir, node_id
 if TYPE_CHECKING:
     from mlflow.entities import Dataset
 
-Node = tuple[str, str | None]
+NodeName = tuple[str, str | None]  # stage and key, as files and trackers spell them
 DIGEST_LENGTH = 36  # MLflow's limit, and by luck the length of DVC's "<md5>.dir"
 
 
@@ -42,7 +42,7 @@ class Versions:
         except yaml.YAMLError:  # being written at this moment
             return {}
 
-    def artifact(self, node: Node, content: str) -> "Dataset":
+    def artifact(self, node: NodeName, content: str) -> "Dataset":
         """An input artifact with this content hash, named ``align@amber``."""
         file, folder = provenance_file(self.root, *node), artifact_dir(*node).as_posix()
         same = file.exists() and read_json(file)["content"] == content
@@ -54,17 +54,17 @@ class Versions:
         folder = provenance["params"][section][last]
         return _dataset(dotted, folder, provenance["raw"][dotted], self.md5((provenance["stage"], provenance["key"]), "deps", folder))
 
-    def known(self, node: Node) -> bool:
+    def known(self, node: NodeName) -> bool:
         """Whether the lock speaks of this stage's artifact as it lies here."""
         file = provenance_file(self.root, *node)
         recorded = self._hashes(node, "outs").get(file.relative_to(self.root).as_posix())
         return recorded is not None and file.exists() and recorded == hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()
 
-    def md5(self, node: Node, side: str, path: str) -> str | None:
+    def md5(self, node: NodeName, side: str, path: str) -> str | None:
         """The hash of a dependency or an output of a stage, if the lock is to be believed about it."""
         return self._hashes(node, side).get(path) if self.known(node) else None
 
-    def _hashes(self, node: Node, side: str) -> dict[str, str]:
+    def _hashes(self, node: NodeName, side: str) -> dict[str, str]:
         """Path -> hash of the ``deps`` or ``outs`` of a stage."""
         return {each["path"]: each["md5"] for each in self.locked.get(node_id(*node), {}).get(side, []) if "md5" in each}
 

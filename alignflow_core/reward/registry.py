@@ -23,7 +23,6 @@ ENCODERS = {
     "ssl": "reward.self_supervised:build",
     "pretrained": "reward.pretrained:build",
 }
-REGISTRIES = {"reward": DISTANCES, "encoder": ENCODERS}  # by the key of the align section that chooses from them
 
 
 def load(registry: dict[str, str], name: str) -> Any:
