@@ -1,4 +1,4 @@
-"""``python -m alignflow_core stage NAME [--target T | --domain D]``: the one command that computes.
+"""``python -m alignflow_core stage NAME [--target T | --domain D | --base P | --comparator C]``: the one command that computes.
 
 DVC, Dagster, torchrun, Slurm and Kubernetes all wrap this command. On several processes that torchrun started, rank 0 runs the stage
 and the others help it train.
@@ -21,11 +21,13 @@ def main(arguments: list[str] | None = None) -> int:
     keys = stage.add_mutually_exclusive_group()
     keys.add_argument("--target", help="target of a per-target stage")
     keys.add_argument("--domain", help="domain of a per-domain stage")
+    keys.add_argument("--base", help="generative process of a painter that comparators add to")
+    keys.add_argument("--comparator", help="comparator of a per-comparator stage")
     stage.add_argument("--root", type=Path, default=Path("."), help="project root with params.yaml (default: here)")
     stage.add_argument("--quiet", action="store_true", help="no progress on stderr")
     options = parser.parse_args(arguments)
     stop_on_sigterm()
-    key = options.target or options.domain
+    key = options.target or options.domain or options.base or options.comparator
 
     def build() -> int:
         ran = run_stage(options.root, options.name, key, quiet=options.quiet)

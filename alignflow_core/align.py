@@ -104,7 +104,7 @@ class _Alignment:
         balance = 0.0
         for number, steps in enumerate(shares.tolist()):
             known, held_out = self._describe()
-            balance = balance or self._balance(known)
+            balance = balance or (self._balance(known) if settings.rho else 0.0)
             look = self._looker(known, held_out, base_images, base_speed)
             weights, rows, verdict = self._round(number, int(shares[:number].sum()), steps, weights, known, balance, look)
             looks.append(rows)
@@ -141,6 +141,8 @@ class _Alignment:
             draw = generator(self.config.seed, "align", context.key, first + i)
             loss = self._denoise(draw)
             past = [state[f"queue:{n}"] for n in range(len(known))]
+            if not balance:  # no reward: the denoising loss alone
+                return {"loss": loss}
             done, features = self._pull(draw, balance, known, past)
             for n, (before, now) in enumerate(zip(past, features, strict=True)):
                 joined = torch.cat([before, now])
@@ -180,6 +182,8 @@ class _Alignment:
 
     def _denoise(self, draw: torch.Generator) -> float:
         """Gradient of the denoising loss: half on source pairs, half in the target's domain on pairs in the references' colours."""
+        if self.settings.denoise != "source":
+            return self._denoise_references(draw) if self.settings.denoise == "references" else 0.0
         batch = self.settings.training.batch
         share = batch // 2 if self.settings.recolour else 0
         total = 0.0
@@ -194,6 +198,16 @@ class _Alignment:
             loss.backward()
             total += loss.item()
         return total
+
+    def _denoise_references(self, draw: torch.Generator) -> float:
+        """Gradient of the denoising loss on the aligning references, which have no masks: under the empty condition that guidance uses."""
+        chosen = self.reference_images[torch.from_numpy(self.aligning).to(self.device)]
+        rows = torch.randint(len(chosen), (self.settings.training.batch,), generator=draw).to(self.device)
+        with autocast(self.config.machine, self.device):
+            loss = flow_matching_loss(velocity_unet.in_domain(self.painter, velocity_unet.TARGET), chosen[rows],
+                                      torch.zeros_like(self.cond[:1]).expand(len(rows), -1, -1, -1), self.flow.times, draw, self.flow.coupling)
+        loss.backward()
+        return loss.item()
 
     def _recoloured(self, rows: Tensor, draw: torch.Generator) -> Tensor:
         """Source images of these rows, each in the colours of a reference drawn at random."""
@@ -243,7 +257,8 @@ class _Alignment:
                     self._pull(draw, 1.0, known, nothing)
                 norms[name] += math.sqrt(sum(float(p.grad.square().sum()) for p in self.painter.parameters() if p.grad is not None))
         self.painter.zero_grad(set_to_none=True)
-        return self.settings.rho * norms["denoise"] / max(norms["reward"], 1e-12)
+        # The reward alone has nothing to be weighed against, and Adam does not mind its scale.
+        return 1.0 if self.settings.denoise == "none" else self.settings.rho * norms["denoise"] / max(norms["reward"], 1e-12)
 
     def _looker(self, known: Known, held_out: Known, base_images: Tensor, base_speed: float) -> Callable[[nn.Module], dict[str, float]]:
         """A function from a painter to its rewards and its ratios to stage 1 on the probe set."""
@@ -342,9 +357,10 @@ class _Alignment:
     def _painter(self) -> velocity_unet.VelocityUNet:
         """Stage 1 with the target's domain as a copy of the source's; with adapters if they are asked for."""
         model, _ = velocity_unet.load(self.inputs["image_flow"])
+        model.requires_grad_(True)
         model.adopt_target()
         if self.settings.adapter == "lora":
-            lora.adapt(model, self.settings.lora_rank, derive_seed(self.config.seed, "align", "lora"), free=(model.unet.class_embedding,))
+            lora.adapt(model, self.settings.lora_rank, derive_seed(self.config.seed, "align", "lora"), free=model.domain_embeddings())
         return model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
     def _save(self, out_dir: Path, weights: Weights) -> None:
@@ -352,7 +368,7 @@ class _Alignment:
         self.averaged.load_state_dict(weights)
         lora.merge(self.averaged)
         facts = read_json(self.inputs["image_flow"] / "config.json")
-        velocity_unet.save(out_dir, self.averaged.state_dict(), facts["channels"], facts["cond_channels"], self.flow.network,
+        velocity_unet.save(out_dir, self.averaged.state_dict(), facts["channels"], facts["cond_channels"], self.flow.network, facts["conditioner"],
                            domain=velocity_unet.TARGET, clip=facts["clip"], reward=self.settings.reward, encoder=self.settings.encoder,
                            regions=self.settings.regions, gradient=self.settings.gradient, adapter=self.settings.adapter)
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-from alignflow_core.config import ARMS
+from alignflow_core.config import in_order
 from alignflow_core.errors import InputError
 from alignflow_core.metrics.statistics import bca_intervals, group_means, holm, signed_rank_p
 from alignflow_core.runner import Context
@@ -66,7 +66,7 @@ def compare(values: pd.DataFrame, settings: SimpleNamespace, seed: int) -> pd.Da
         part = values[(values["target"] == target) & (values["metric"] == metric)]
         images = part.pivot_table(index=["group", "case_id"], columns="arm", values="value", aggfunc="mean")  # over classes and seeds
         units = group_means(images.to_numpy(), images.index.get_level_values("group").to_numpy())
-        arms = {arm: units[:, images.columns.get_loc(arm)] for arm in ARMS if arm in images.columns}
+        arms = {arm: units[:, images.columns.get_loc(arm)] for arm in in_order(images.columns)}
         rng = np.random.Generator(np.random.PCG64(derive_seed(seed, "compare", target, metric)))
         frames.append(_compare_arms(arms, settings, rng).assign(target=target, metric=metric))
     table = pd.concat(frames, ignore_index=True)

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from alignflow_core.errors import InputError
+from alignflow_core.painters.registry import CONDITIONERS, OBJECTIVES, ON_A_FROZEN_BASE, PROCESSES
 from alignflow_core.reward.registry import DISTANCES, ENCODERS
 from alignflow_core.stages import Graph
 from alignflow_core.validation import at_least, between, build, nearest, one_of, positive
@@ -20,6 +21,16 @@ SHARED_ARMS = ("source", "source+colour", "stage1", "stage1+colour")
 TARGET_ARMS = ("reinhard", "fourier", "aligned", "aligned+filtered", "aligned+filtered+colour", "references-labelled", "oracle")
 ARMS = ("source", "source+colour", "reinhard", "fourier", "stage1", "stage1+colour", "aligned", "aligned+filtered", "aligned+filtered+colour",
         "references-labelled", "oracle")
+
+COLOUR = "+colour"  # suffix of an arm under strong colour augmentation; a comparator's arms are its name without and with it
+
+
+def in_order(arms: typing.Iterable[str]) -> tuple[str, ...]:
+    """Arms in the order of the tables: the comparators' after stage 1, as they come."""
+    found = dict.fromkeys(arms)
+    others = [arm for arm in found if arm not in ARMS]
+    after = ARMS.index("aligned")
+    return tuple(arm for arm in (*ARMS[:after], *others, *ARMS[after:]) if arm in found)
 
 
 @dataclass(frozen=True)
@@ -167,6 +178,44 @@ class ImageFlow:
 
 
 @dataclass(frozen=True)
+class Comparator:
+    """A painter beside our own, trained on the same source with the trunk, batch and total of steps of ``image_flow``.
+
+    Attributes:
+        process, conditioner, objective: names of ``painters/registry.py``.
+        n_steps: of its sampler; one network call each.
+    """
+
+    process: str = "diffusion"
+    conditioner: str = "controlnet"
+    objective: str = "denoise"
+    n_steps: int = 25
+
+    def __post_init__(self) -> None:
+        one_of("comparators: process", self.process, PROCESSES)
+        one_of("comparators: conditioner", self.conditioner, CONDITIONERS)
+        one_of("comparators: objective", self.objective, OBJECTIVES)
+        at_least("comparators: n_steps", self.n_steps, 2)
+        if (self.objective == "siamese") != (self.conditioner == "dense_controlnet"):
+            raise InputError("comparators: objective siamese and conditioner dense_controlnet go together; give both or neither")
+
+    @property
+    def base(self) -> str | None:
+        """Process of the frozen unconditional painter that it adds to; ``None`` for one trained as a whole."""
+        return self.process if self.conditioner in ON_A_FROZEN_BASE else None
+
+
+@dataclass(frozen=True)
+class ComparatorBase:
+    """The unconditional painters that comparators freeze: their ``share`` of ``image_flow.training.steps``, the rest is the comparator's own."""
+
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        between("comparator_base.share", self.share, 0.05, 0.95)
+
+
+@dataclass(frozen=True)
 class SegmenterNetwork:
     """MONAI's residual U-Net.
 
@@ -216,10 +265,11 @@ class Align:
         rounds: with ``pseudo``, the steps are shared by so many rounds; before each but the first the segmenter is retrained on
             ``relabel_pairs`` aligned pairs (``relabel``) and labels the references anew.
         recolour: half of the denoising loss is taken in the target's domain, on source pairs in the references' colours (by region).
-        gradient: ``sparse`` (default), ``last_k`` or ``full``; ``k`` network calls carry gradient.
+        denoise: data of the denoising loss: ``source`` (default), ``references`` (without masks) or ``none`` (the reward alone).
+        gradient: ``sparse`` (default), ``last_k``, ``one_step`` or ``full``; ``k`` network calls carry gradient.
         n_steps: solver steps of the rollout.
         adapter: ``all`` weights or ``lora`` of rank ``lora_rank``.
-        rho: ratio of the reward gradient's norm to the denoising gradient's, fixed at step 0.
+        rho: ratio of the reward gradient's norm to the denoising gradient's, fixed at step 0; 0 leaves the reward out.
         prior_count: pseudo-count of the source's own variances when shrinking the reference moments.
         queue: feature vectors of earlier samples kept to steady the sample moments.
         check_every: steps between looks at the held-out reward and the gates.
@@ -236,6 +286,7 @@ class Align:
     relabel: Training = field(default_factory=Training)
     relabel_pairs: int = 96
     recolour: bool = True
+    denoise: str = "source"
     gradient: str = "sparse"
     k: int = 2
     n_steps: int = 8
@@ -255,13 +306,16 @@ class Align:
         one_of("align.reward", self.reward, DISTANCES)
         one_of("align.encoder", self.encoder, ENCODERS)
         one_of("align.regions", self.regions, ("none", "pseudo", "labels"))
-        one_of("align.gradient", self.gradient, ("sparse", "last_k", "full"))
+        one_of("align.gradient", self.gradient, ("sparse", "last_k", "one_step", "full"))
+        one_of("align.denoise", self.denoise, ("source", "references", "none"))
         one_of("align.adapter", self.adapter, ("all", "lora"))
         between("align.region_share", self.region_share, 0.0, 1.0)
         between("align.confidence", self.confidence, 0.0, 1.0)
         at_least("align.rounds", self.rounds, 1)
         at_least("align.lora_rank", self.lora_rank, 1)
         at_least("align.k", self.k, 1)
+        if self.denoise == "none" and self.rho == 0:
+            raise InputError("align.denoise: 'none' with align.rho 0 leaves nothing to train on; give one of them")
         if self.k > self.n_steps:
             raise InputError(f"align.k: {self.k} is more than align.n_steps ({self.n_steps}); lower k")
         if (self.encoder == "pretrained") != (self.encoder_weights is not None):
@@ -278,6 +332,7 @@ class Target:
     Attributes:
         arms: of :data:`TARGET_ARMS`, those trained for this target; ``null`` for all of ``segment.arms``.
         synthetic_share: of each batch; ``null`` for ``segment.synthetic_share``.
+        painter: comparator whose painter is aligned; ``null`` for our own stage 1. It must be a flow.
         variant_of: target whose ablation this is (see ``alignflow ablate``).
     """
 
@@ -286,6 +341,7 @@ class Target:
     align: Align = field(default_factory=Align)
     arms: tuple[str, ...] | None = None
     synthetic_share: float | None = None
+    painter: str | None = None
     variant_of: str | None = None
 
     def __post_init__(self) -> None:
@@ -411,6 +467,8 @@ class Project:
     mask_flow: MaskFlow = field(default_factory=MaskFlow)
     image_flow: ImageFlow = field(default_factory=ImageFlow)
     labeller: Labeller = field(default_factory=Labeller)
+    comparators: dict[str, Comparator] = field(default_factory=dict)
+    comparator_base: ComparatorBase = field(default_factory=ComparatorBase)
     sample: Sample = field(default_factory=Sample)
     filter: Filter = field(default_factory=Filter)
     segment: Segment = field(default_factory=Segment)
@@ -419,7 +477,7 @@ class Project:
 
     def __post_init__(self) -> None:
         problems = [f"{kind}.{name}: a name is letters, digits, '-' and '_' (at most 63); rename it"
-                    for kind, names in (("domains", self.domains), ("targets", self.targets)) for name in names
+                    for kind, names in (("domains", self.domains), ("targets", self.targets), ("comparators", self.comparators)) for name in names
                     if not re.fullmatch(NAME_PATTERN, name)]
         if self.source not in self.domains:
             problems.append(f"source: '{self.source}' is not among domains{nearest(self.source, self.domains)}")
@@ -428,8 +486,14 @@ class Project:
                 problems.append(f"targets.{name}.domain: '{target.domain}' is not among domains{nearest(target.domain, self.domains)}")
             elif target.variant_of is not None and target.variant_of not in self.targets:
                 problems.append(f"targets.{name}.variant_of: '{target.variant_of}' is not among targets{nearest(target.variant_of, self.targets)}")
+            elif target.painter is not None and target.painter not in self.comparators:
+                problems.append(f"targets.{name}.painter: '{target.painter}' is not among comparators{nearest(target.painter, self.comparators)}")
+            elif target.painter is not None and self.comparators[target.painter].process != "flow":
+                process = self.comparators[target.painter].process
+                problems.append(f"targets.{name}.painter: stage 2 rolls out a flow, '{target.painter}' is a {process}; name a flow")
             elif target.domain == self.source:
                 problems.append(f"targets.{name}.domain: '{target.domain}' is the source; name another domain")
+        problems += [f"comparators.{name}: is the name of an arm; choose another" for name in self.comparators if name in ARMS]
         if not self.targets:
             problems.append("targets: none given; name at least one target domain")
         if problems:
@@ -438,7 +502,9 @@ class Project:
     @property
     def graph(self) -> Graph:
         """The stage registry laid over this project's domains and targets."""
-        return Graph(tuple(self.domains), self.source, {name: target.domain for name, target in self.targets.items()})
+        return Graph(tuple(self.domains), self.source, {name: target.domain for name, target in self.targets.items()},
+                     {name: comparator.base for name, comparator in self.comparators.items()},
+                     {name: target.painter for name, target in self.targets.items()})
 
 
 def load_project(file: Path) -> Project:

@@ -39,6 +39,7 @@ class Measured:
     stage1: Pairs
     aligned: Pairs
     kept: np.ndarray
+    comparators: Mapping[str, Pairs]
 
 
 def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, context: Context) -> dict[str, float]:
@@ -52,7 +53,7 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     data = Measured(
         read_pairs(inputs["data:source"]), read_pairs(inputs["data:target"], "test"), read_pairs(inputs["references"]),
         read_pairs(inputs["sample_stage1"]), read_pairs(inputs["sample_aligned"]),
-        pd.read_parquet(inputs["filter"] / "manifest.parquet")["kept"].to_numpy(bool),
+        pd.read_parquet(inputs["filter"] / "manifest.parquet")["kept"].to_numpy(bool), comparators(inputs),
     )
     target = str(context.key)
     table = _arm_table(config, inputs, data.test, target, device, context)
@@ -72,6 +73,11 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     return {name: value for name, value in numbers.items() if np.isfinite(value)}
 
 
+def comparators(inputs: Mapping[str, Path]) -> dict[str, Pairs]:
+    """The pairs that each comparator painted, by its name."""
+    return {name.partition(":")[2]: read_pairs(folder) for name, folder in inputs.items() if name.startswith("sample_comparator:")}
+
+
 def metric_name(arm: str) -> str:
     """An arm as part of a metric's name: trackers refuse ``+``."""
     return arm.replace("+", "_plus_")
@@ -79,8 +85,8 @@ def metric_name(arm: str) -> str:
 
 def _arm_table(config: SimpleNamespace, inputs: Mapping[str, Path], test: Pairs, target: str, device: torch.device, context: Context) -> pd.DataFrame:
     """One row per test image, class, metric, arm and segmenter seed."""
-    rows = [row | {"root": inputs[stage]} for stage in ("segment_source", "segment_target")
-            for row in pd.read_parquet(inputs[stage] / "segmenters.parquet").to_dict("records")]
+    folders = [folder for name, folder in inputs.items() if name.startswith("segment_")]
+    rows = [row | {"root": folder} for folder in folders for row in pd.read_parquet(folder / "segmenters.parquet").to_dict("records")]
     frames = []
     for done, row in enumerate(rows, start=1):
         predicted = predict(load_segmenter(row["root"] / row["folder"], device), test.images, config.task, device)
@@ -127,7 +133,11 @@ def _image_distances(data: Measured, target: str, seed: int) -> tuple[pd.DataFra
            "target test": data.test.ids, "stage1": data.stage1.ids, "aligned": data.aligned.ids}
     rng = np.random.Generator(np.random.PCG64(derive_seed(seed, "evaluate", target, "floor")))
     real, floor = vectors["target test"], real_floor(vectors["target test"], rng)
-    compared = {name: vectors[name] for name in ("source", "references", "stage1", "aligned")} | {"aligned+filtered": vectors["aligned"][data.kept]}
+    painted = {name: space(pairs.images) for name, pairs in data.comparators.items()}
+    vectors |= painted
+    ids |= {name: data.comparators[name].ids for name in painted}
+    compared = {name: vectors[name] for name in ("source", "references", *painted, "stage1", "aligned")}
+    compared["aligned+filtered"] = vectors["aligned"][data.kept]
     rows = []
     for name, found in compared.items():
         measured = set_distances(found, real)

@@ -10,7 +10,7 @@ import pandas as pd
 from PIL import Image
 from scipy.ndimage import binary_dilation, binary_erosion
 
-from alignflow_core.config import Task
+from alignflow_core.config import COLOUR, Task, in_order
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -22,6 +22,7 @@ ARM_COLOURS = {
     "stage1+colour": "#e6b566", "aligned": "#4aa3df", "aligned+filtered": "#00589c", "aligned+filtered+colour": "#003a66",
     "references-labelled": "#00906a", "oracle": "#1f2328",
 }
+COMPARATOR_COLOURS = ("#a0522d", "#7a8f00", "#b5477f", "#4b6a88", "#c46a4a", "#5d5d9e")
 SETS = {  # colour, marker, size, opacity
     "source": ("#9aa1ac", "o", 9, 0.7), "target test": ("#00906a", "o", 13, 0.75), "stage1": ("#d98e04", "^", 13, 0.75),
     "aligned": ("#00589c", "s", 11, 0.75), "references": ("#c8102e", "*", 110, 1.0),
@@ -37,6 +38,13 @@ STYLE: Any = {
 }
 
 
+def colour_of(arm: str) -> str:
+    """An arm's colour; a comparator's by its name, the same on every page."""
+    if arm in ARM_COLOURS:
+        return ARM_COLOURS[arm]
+    return COMPARATOR_COLOURS[sum(arm.removesuffix(COLOUR).encode()) % len(COMPARATOR_COLOURS)]
+
+
 def forest(table: pd.DataFrame, targets: list[str], label: str) -> str:
     """Mean and interval of every arm, one panel per target.
 
@@ -44,7 +52,7 @@ def forest(table: pd.DataFrame, targets: list[str], label: str) -> str:
         table: rows of one metric of comparison.parquet, one per target and arm.
         label: of the value axis.
     """
-    arms = [arm for arm in ARM_COLOURS if arm in set(table["arm"])][::-1]
+    arms = in_order(table["arm"])[::-1]
     columns = min(3, len(targets))
     rows = -(-len(targets) // columns)
     with plt.rc_context(STYLE):
@@ -55,8 +63,8 @@ def forest(table: pd.DataFrame, targets: list[str], label: str) -> str:
                 if arm not in part:
                     continue
                 mean, low, high = (part[arm][name] for name in ("mean", "ci_low", "ci_high"))
-                axis.plot([low, high], [y, y], color=ARM_COLOURS[arm], lw=2.6, solid_capstyle="round")
-                axis.plot(mean, y, "o", color=ARM_COLOURS[arm], ms=6.5, mec="white", mew=0.8)
+                axis.plot([low, high], [y, y], color=colour_of(arm), lw=2.6, solid_capstyle="round")
+                axis.plot(mean, y, "o", color=colour_of(arm), ms=6.5, mec="white", mew=0.8)
                 axis.annotate(f"{mean:.3f}", (mean, y), (0, 6.5), textcoords="offset points", ha="center", fontsize=7.5, color="#3b4350")
             axis.set(title=target, yticks=range(len(arms)), yticklabels=arms, ylim=(-0.6, len(arms) - 0.25))
             axis.margins(x=0.08)
@@ -79,7 +87,8 @@ def feature_map(features: pd.DataFrame) -> str:
     points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(vectors)
     with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, axis = plt.subplots(figsize=(4.7, 3.7))
-        for name, (colour, marker, size, alpha) in SETS.items():
+        comparators = {name: (colour_of(name), "v", 11, 0.6) for name in dict.fromkeys(features["set"]) if name not in SETS}
+        for name, (colour, marker, size, alpha) in (SETS | comparators).items():
             chosen = (features["set"] == name).to_numpy()
             axis.scatter(points[chosen, 0], points[chosen, 1], s=size, c=colour, marker=marker, alpha=alpha, label=f"{name} ({chosen.sum()})",
                          edgecolors="white", linewidths=0.8 if name == "references" else 0.25, zorder=2)

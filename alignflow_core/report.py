@@ -15,7 +15,7 @@ import pandas as pd
 
 from alignflow_core import figures
 from alignflow_core.artifact import read_json
-from alignflow_core.config import ARMS, Task
+from alignflow_core.config import COLOUR, Task, in_order
 from alignflow_core.masks import regions
 from alignflow_core.pairs import Pairs, read_pairs
 from alignflow_core.runner import Context
@@ -45,6 +45,7 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     comparison = pd.read_parquet(inputs["compare"] / "comparison.parquet")
     gap = pd.read_parquet(inputs["compare"] / "gap.parquet")
     level = read_json(inputs["compare"] / "metrics.json")["interval_level"]
+    arms = in_order(comparison["arm"])
     metrics = [metric for metric in METRIC_WORDS if metric in set(comparison["metric"])]
     lineage = _lineage(inputs, context.root)
     once = comparison.drop_duplicates(["target", "arm", "metric"])
@@ -56,7 +57,7 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
         context.progress(done, len(targets), target)
     page = _environment().get_template("report_template.html").render(
         targets=sections, level=f"{100 * level:g} %", metrics=[(m, METRIC_WORDS[m]) for m in metrics],
-        arm_words=ARM_WORDS, arm_colours=figures.ARM_COLOURS,
+        arm_words={arm: arm_words(arm) for arm in arms}, arm_colours={arm: figures.colour_of(arm) for arm in arms},
         baselines=list(dict.fromkeys(comparison["baseline"])), task=config.task, source=_split_counts(source), size=source.images.shape[1],
         forest=figures.forest(once[once["metric"] == "dice"], targets, "Dice, mean over held-out test images"),
         classes=_per_class(pd.read_parquet(inputs["compare"] / "per_class.parquet"), targets, metrics) if len(config.task.classes) > 1 else [],
@@ -67,6 +68,13 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     )
     (out_dir / "index.html").write_text(page, encoding="utf-8")
     return {"bytes": float(len(page.encode())), "targets": float(len(targets))}
+
+
+def arm_words(arm: str) -> str:
+    """What an arm's segmenters were trained on."""
+    if arm in ARM_WORDS:
+        return ARM_WORDS[arm]
+    return ARM_WORDS["stage1+colour"] if arm.endswith(COLOUR) else f"Source + synthetic images of the comparator {arm}"
 
 
 def _environment() -> jinja2.Environment:
@@ -170,7 +178,7 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _rows(table: pd.DataFrame, shares: dict[str, float]) -> list[dict[str, Any]]:
     """One row per arm: its means with intervals by metric, its Dice differences by baseline."""
     rows = []
-    for arm in (arm for arm in ARMS if arm in set(table["arm"])):
+    for arm in in_order(table["arm"]):
         part = table[table["arm"] == arm]
         means = part.drop_duplicates("metric").set_index("metric")[["mean", "ci_low", "ci_high"]].to_dict("index")
         dice = part[part["metric"] == "dice"].set_index("baseline").to_dict("index")
@@ -267,9 +275,9 @@ def _per_class(table: pd.DataFrame, targets: list[str], metrics: list[str]) -> l
         (row["target"], row["arm"], row["metric"], row["class"]): row["mean"] for row in table.to_dict("records")}
     known = {key[2:] for key in once}
     columns = [(metric, name) for metric in metrics for name in dict.fromkeys(table["class"]) if (metric, name) in known]
-    present = {key[:2] for key in once}
+    arms = {target: in_order(part["arm"]) for target, part in table.groupby("target")}
     return [{"target": target, "columns": columns,
-             "rows": [(arm, [once.get((target, arm, *column), float("nan")) for column in columns]) for arm in ARMS if (target, arm) in present]}
+             "rows": [(arm, [once.get((target, arm, *column), float("nan")) for column in columns]) for arm in arms[target]]}
             for target in targets]
 
 

@@ -98,7 +98,7 @@ def stage_params(project: Project, stage: Stage, key: str | None) -> dict[str, A
 def stage_config(project: Project, stage: Stage, key: str | None) -> SimpleNamespace:
     """The declared sections only, so that a stage cannot read what its fingerprint does not cover.
 
-    ``domains.{key}`` appears as ``domain``, ``targets.{key}.align`` as ``align``,
+    ``domains.{key}`` appears as ``domain``, ``comparators.{key}`` as ``comparator``, ``targets.{key}.align`` as ``align``,
     ``targets.{key}.domain`` as ``target_domain``.
     """
     found: dict[str, Any] = {}
@@ -106,6 +106,8 @@ def stage_config(project: Project, stage: Stage, key: str | None) -> SimpleNames
         parts = dotted.split(".")
         if parts[0] == "domains":
             found["domain"] = project.domains[str(key)]
+        elif parts[0] == "comparators":
+            found["comparator"] = project.comparators[str(key)]
         elif parts[0] == "targets" and len(parts) > 1:
             found["target_domain" if parts[2] == "domain" else parts[2]] = getattr(project.targets[str(key)], parts[2])
         else:
@@ -180,7 +182,7 @@ def run_stage(root: Path, name: str, key: str | None = None, *, force: bool = Fa
     Args:
         root: project root with ``params.yaml``.
         name: stage name.
-        key: domain or target, as the stage's scope asks.
+        key: domain, base, comparator or target, as the stage's scope asks.
         force: run even if current.
         quiet: no progress on stderr.
 

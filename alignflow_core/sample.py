@@ -1,5 +1,6 @@
 """Synthesis: noise -> mask, mask -> image, one seed per pair, so that pair i is the same in any batch or after any restart."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from alignflow_core.flow.path import VelocityModel
 from alignflow_core.flow.solver import SOLVERS, time_grid
 from alignflow_core.masks import condition, from_regions, regions
 from alignflow_core.networks import velocity_unet
+from alignflow_core.painters.registry import PROCESSES
 from alignflow_core.pairs import Pairs, read_array, read_pairs, to_bytes, write_pairs
+from alignflow_core.registry import load
 from alignflow_core.seeding import derive_seed, generator
 
 MAX_CANDIDATES = 20  # per wanted mask, before a mask flow is called untrained
@@ -56,17 +59,31 @@ def run_stage1(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any
     return _paint(config, inputs["image_flow"], None, inputs["sample_masks"], out_dir, context)
 
 
+def run_comparator(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
+    """Paint the synthetic masks with a comparator by its own sampler, from the same noise as stage 1."""
+    process, n_steps = load(PROCESSES, config.comparator.process)(), config.comparator.n_steps
+
+    @torch.no_grad()
+    def draw(model: VelocityModel, noise: Tensor, cond: Tensor) -> Tensor:
+        images: Tensor = process.sample(model, noise, cond, n_steps)
+        return images
+
+    return _paint(config, inputs["comparator"], None, inputs["sample_masks"], out_dir, context, draw) | {"nfe": float(n_steps)}
+
+
 def run_aligned(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
     """Paint the synthetic masks with the target's aligned model, from the same noise as stage 1."""
     return _paint(config, inputs["align"], inputs["image_flow"], inputs["sample_masks"], out_dir, context)
 
 
-def _paint(config: Any, checkpoint_dir: Path, base_dir: Path | None, masks_dir: Path, out_dir: Path, context: Any) -> dict[str, float]:
+def _paint(config: Any, checkpoint_dir: Path, base_dir: Path | None, masks_dir: Path, out_dir: Path, context: Any,
+           draw: Callable[[VelocityModel, Tensor, Tensor], Tensor] | None = None) -> dict[str, float]:
     """Image i from noise seeded by (seed, "pair", i); finished chunks survive an interruption.
 
-    With a base the weights are ``base + strength (checkpoint - base)``.
+    With a base the weights are ``base + strength (checkpoint - base)``. ``draw(model, noise, cond)`` stands in for the solver of ``sample``.
     """
     settings: Sample = config.sample
+    solve = draw or (lambda model, noise, cond: _solve(model, noise, cond, settings))
     device = prepare(config.machine)
     model, facts = velocity_unet.load(checkpoint_dir)
     if base_dir is not None and settings.strength != 1:
@@ -85,7 +102,7 @@ def _paint(config: Any, checkpoint_dir: Path, base_dir: Path | None, masks_dir: 
             cond = condition(chosen, config.task, facts["clip"]).to(device)
             noise = torch.stack([torch.randn(3, *chosen.shape[1:], generator=generator(config.seed, "pair", start + i)) for i in range(len(chosen))])
             with autocast(config.machine, device):
-                images = to_bytes(_solve(velocity_unet.in_domain(model, facts["domain"]), noise.to(device), cond, settings))
+                images = to_bytes(solve(velocity_unet.in_domain(model, facts["domain"]), noise.to(device), cond))
             np.save(part.with_suffix(".part.npy"), images)
             part.with_suffix(".part.npy").rename(part)
         parts.append(read_array(part))

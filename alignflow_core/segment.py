@@ -7,6 +7,7 @@
 | stage1, aligned, aligned+filtered | real source pairs and synthetic pairs, ``synthetic_share`` of each batch |
 | stage1+colour, aligned+filtered+colour | the same, strong colour augmentation of all |
 | reinhard, fourier | real source pairs and the same recoloured after the references |
+| a comparator's name, its name with ``+colour`` | real source pairs and the pairs it painted, without and with strong colour augmentation |
 | references-labelled | real source pairs and the references with their labels |
 | oracle | the target's own labelled training split |
 
@@ -20,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from alignflow_core.colour_transfer import fourier, reinhard
-from alignflow_core.config import SHARED_ARMS, TARGET_ARMS, Segment, Task
+from alignflow_core.config import COLOUR, SHARED_ARMS, TARGET_ARMS, Segment, Task
 from alignflow_core.networks.segmenters import save_segmenter
 from alignflow_core.pairs import Pairs, read_pairs
 from alignflow_core.seeding import derive_seed
@@ -36,6 +37,17 @@ def run_source(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any
              "stage1+colour": lambda: Diet(source, read_pairs(inputs["sample_stage1"]), settings.synthetic_share, settings.colour_strength)}
     chosen = [arm for arm in SHARED_ARMS if arm in settings.arms]
     return _fit_arms(config, {arm: diets[arm]() for arm in chosen}, {}, read_pairs(inputs["data:source"], "val"), out_dir, context)
+
+
+def run_comparator(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
+    """Train the arms of a comparator, on the terms of ``stage1``; that with augmentation where any such arm is asked for."""
+    settings: Segment = config.segment
+    source, painted = read_pairs(inputs["data:source"], "train"), read_pairs(inputs["sample_comparator"])
+    name = str(context.key)
+    diets = {name: Diet(source, painted, settings.synthetic_share)}
+    if any(arm.endswith(COLOUR) for arm in settings.arms):
+        diets[name + COLOUR] = Diet(source, painted, settings.synthetic_share, settings.colour_strength)
+    return _fit_arms(config, diets, {}, read_pairs(inputs["data:source"], "val"), out_dir, context)
 
 
 def run_target(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:

@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from alignflow_core.painters.registry import CONDITIONERS, OBJECTIVES, PROCESSES
 from alignflow_core.reward.registry import DISTANCES, ENCODERS
 
 PACKAGE_DIR = Path(__file__).parent
 
 # Modules that carry values or run stages but decide nothing about their content: the values
 # reach a stage's fingerprint through its params, so a change here makes no artifact stale.
-PLUMBING = frozenset({"__init__", "__main__", "reward.registry", "config", "validation", "stages", "runner", "artifact", "checkpoint", "errors",
-                      "devices"})
+PLUMBING = frozenset({"__init__", "__main__", "registry", "reward.registry", "painters.registry", "config", "validation", "stages", "runner",
+                      "artifact", "checkpoint", "errors", "devices"})
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class Stage:
     Attributes:
         name: stage, DVC stage, artifact folder and (mostly) file word.
         asset: the noun shown in Dagster.
-        scope: ``"project"`` (built once), ``"domain"`` or ``"target"`` (built per key).
+        scope: ``"project"`` (built once), ``"domain"``, ``"base"`` (a process that comparators freeze a painter of), ``"comparator"`` or
+            ``"target"`` (built per key).
         function: ``module:function`` inside ``alignflow_core``; called as
             ``function(config, inputs, out_dir, context) -> dict[str, float]``.
         inputs: stage names; the suffix says which of its folders is meant:
             ``data:source`` the source domain, ``data:target`` the target's own domain,
-            ``evaluate:all`` one per key (fan-in). No suffix: the same key, or the project's only one.
+            ``comparator_base:own`` that of the comparator, if it has one; ``image_flow:painter`` what the target aligns: stage 1 or a
+            comparator; ``evaluate:all`` one per key (fan-in). No suffix: the same key, or the project's only one.
         params: dotted keys of params.yaml; ``{key}`` is the stage's own key.
         raw: dotted keys of params.yaml that name a raw folder read by the stage (may be null there).
         chosen: dotted key of params.yaml -> the registry that turns its value into ``module:object``; the stage depends on the
@@ -80,14 +83,28 @@ STAGES: dict[str, Stage] = {
         Stage("segment_source", "source_segmenters", "project", "segment:run_source", ("data:source", "sample_stage1"),
               ("seed", "machine", "task", "segment"), (), True, "5_downstream",
               "Segmenters of the arms that see no target: source, source+colour, stage1."),
+        Stage("comparator_base", "comparator_base_checkpoint", "base", "comparator:run_base", ("data:source",),
+              ("seed", "machine", "task", "image_flow", "comparator_base"), (), True, "2_stage_one",
+              "Unconditional painter of one generative process, which comparators freeze and add to."),
+        Stage("comparator", "comparator_checkpoint", "comparator", "comparator:run", ("data:source", "comparator_base:own"),
+              ("seed", "machine", "task", "image_flow", "comparators.{key}", "comparator_base"), (), True, "2_stage_one",
+              "A painter to compare with, trained on the source on equal terms.",
+              {"comparators.{key}.process": PROCESSES, "comparators.{key}.conditioner": CONDITIONERS, "comparators.{key}.objective": OBJECTIVES}),
+        Stage("sample_comparator", "comparator_images", "comparator", "sample:run_comparator", ("comparator", "sample_masks"),
+              ("seed", "machine", "task", "sample", "comparators.{key}"), (), True, "4_synthesis",
+              "Source-like images painted by a comparator from the synthetic masks.",
+              {"comparators.{key}.process": PROCESSES, "comparators.{key}.conditioner": CONDITIONERS}),
+        Stage("segment_comparator", "comparator_segmenters", "comparator", "segment:run_comparator", ("data:source", "sample_comparator"),
+              ("seed", "machine", "task", "segment"), (), True, "5_downstream",
+              "Segmenters trained on source pairs and a comparator's."),
         Stage("labeller", "source_labeller", "project", "labeller:run", ("data:source",),
               ("seed", "machine", "task", "labeller"), (), True, "3_stage_two",
               "Segmenter of the source under strong colour augmentation that finds the references' regions."),
-        Stage("align", "aligned_checkpoint", "target", "align:run", ("image_flow", "labeller", "data:source", "references"),
+        Stage("align", "aligned_checkpoint", "target", "align:run", ("image_flow:painter", "labeller", "data:source", "references"),
               ("seed", "machine", "task", "image_flow", "targets.{key}.align"), (), True, "3_stage_two",
               "Stage 2: the painter tuned by a differentiable reward towards the reference set.",
               {"targets.{key}.align.reward": DISTANCES, "targets.{key}.align.encoder": ENCODERS}),
-        Stage("sample_aligned", "synthetic_images", "target", "sample:run_aligned", ("align", "image_flow", "sample_masks"),
+        Stage("sample_aligned", "synthetic_images", "target", "sample:run_aligned", ("align", "image_flow:painter", "sample_masks"),
               ("seed", "machine", "task", "sample"), (), True, "4_synthesis",
               "Target-like images painted by stage 2 from the synthetic masks."),
         Stage("filter", "filtered_pairs", "target", "filtering:run",
@@ -99,7 +116,7 @@ STAGES: dict[str, Stage] = {
               "Segmenters of the arms that use the target's references."),
         Stage("evaluate", "metrics", "target", "evaluate:run",
               ("data:source", "data:target", "references", "sample_stage1", "sample_aligned", "filter",
-               "segment_source", "segment_target"),
+               "segment_source", "segment_target", "sample_comparator:all", "segment_comparator:all"),
               ("seed", "machine", "task", "evaluate"), (), True, "6_results",
               "Every arm on the target's held-out test images; image distances; copy check."),
         Stage("compare", "comparison", "project", "compare:run", ("evaluate:all",), ("seed", "evaluate"), (), False,
@@ -114,26 +131,39 @@ STAGES: dict[str, Stage] = {
 
 @dataclass(frozen=True)
 class Graph:
-    """The registry laid over one project: its domains, source and targets.
+    """The registry laid over one project: its domains, source, targets and comparators.
 
     Args:
         domains: domain names, the source among them.
         source: name of the source domain.
         targets: target name -> name of its domain.
+        comparators: comparator name -> process of the frozen base it adds to, if any.
+        painters: target name -> comparator whose painter it aligns, ``None`` or absent for stage 1.
     """
 
     domains: tuple[str, ...]
     source: str
     targets: dict[str, str]
+    comparators: Mapping[str, str | None] = field(default_factory=dict)
+    painters: Mapping[str, str | None] = field(default_factory=dict)
 
     def keys(self, stage: Stage) -> tuple[str | None, ...]:
-        """Keys a stage is built for; ``(None,)`` for a project-wide stage."""
-        return {"project": (None,), "domain": self.domains, "target": tuple(self.targets)}[stage.scope]
+        """Keys a stage is built for; ``(None,)`` for a project-wide stage, ``()`` for one that this project does without."""
+        return (None,) if stage.scope == "project" else self.names(stage.scope)
+
+    def stages(self) -> list[Stage]:
+        """The stages that this project has keys for, in building order."""
+        return [stage for stage in STAGES.values() if self.keys(stage)]
+
+    def names(self, scope: str) -> tuple[str, ...]:
+        """Names of all domains, bases, comparators or targets."""
+        bases = dict.fromkeys(base for base in self.comparators.values() if base is not None)
+        return {"domain": self.domains, "base": tuple(bases), "comparator": tuple(self.comparators), "target": tuple(self.targets)}[scope]
 
     def inputs(self, stage: Stage, key: str | None) -> dict[str, tuple[str, str | None]]:
         """Input name as the stage function sees it -> (stage name, key).
 
-        Names: ``"data:source"``, ``"align"``; fan-ins are spelled ``"evaluate:<key>"``.
+        Names: ``"data:source"``, ``"align"``; fan-ins are spelled ``"evaluate:<key>"``. What comes from a comparator as from stage 1 has one name.
         """
         found: dict[str, tuple[str, str | None]] = {}
         for spec in stage.inputs:
@@ -144,6 +174,11 @@ class Graph:
                 found[spec] = (name, self.source)
             elif which == "target":
                 found[spec] = (name, self.targets[str(key)])
+            elif which == "painter":
+                painter = self.painters.get(str(key))
+                found[name] = (name, None) if painter is None else ("comparator", painter)
+            elif which == "own":
+                found |= {} if self.comparators[str(key)] is None else {name: (name, self.comparators[str(key)])}
             else:
                 found[spec] = (name, key if STAGES[name].scope == stage.scope else None)
         return found

@@ -34,9 +34,8 @@ MAX_RETRIES, RETRY_SECONDS = 1, 20
 
 
 def partitions(project: Project, scope: str) -> dg.StaticPartitionsDefinition | None:
-    """Domains, targets, or none for what is built once."""
-    keys = {"domain": list(project.domains), "target": list(project.targets)}.get(scope)
-    return dg.StaticPartitionsDefinition(keys) if keys else None
+    """Domains, bases, comparators, targets, or none for what is built once."""
+    return None if scope == "project" else dg.StaticPartitionsDefinition(list(project.graph.names(scope)))
 
 
 def stage_asset(project: Project, stage: Stage) -> dg.AssetsDefinition:

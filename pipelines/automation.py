@@ -9,7 +9,7 @@ import dagster as dg
 from alignflow_core.artifact import json_hash
 from alignflow_core.config import Project, load_project
 from alignflow_core.runner import code_hash, provenance_file, raw_dirs
-from alignflow_core.stages import STAGES, Stage, artifact_dir, node_id
+from alignflow_core.stages import Stage, artifact_dir, node_id
 from pipelines.assets import input_versions, partitions
 from pipelines.plan import causes, job_of, lanes, stale_nodes, upstream_lanes
 from pipelines.resources import fail_dead_runs
@@ -23,12 +23,14 @@ def jobs(project: Project) -> list[Any]:
     texts = {
         "build_domain": "First: splits of the source and of every target domain.",
         "build_shared": "Second: stage 1, masks and segmenters that all targets share.",
+        "build_base": "Where there are comparators: the painters that they freeze.",
+        "build_comparator": "Then every comparator: its painter, its images, its segmenters.",
         "build_target": "Third, for every target: alignment, synthesis, filtering, segmenters and its measurements.",
         "build_results": "Last: comparison and report over all targets.",
     }
-    stages = {name: [stage for stage in STAGES.values() if job_of(stage) == name] for name in texts}
+    stages = {name: [stage for stage in project.graph.stages() if job_of(stage) == name] for name in texts}
     return [dg.define_asset_job(name, dg.AssetSelection.assets(*(stage.asset for stage in stages[name])), description=text,
-                                partitions_def=partitions(project, stages[name][0].scope)) for name, text in texts.items()]
+                                partitions_def=partitions(project, stages[name][0].scope)) for name, text in texts.items() if stages[name]]
 
 
 def new_observations(root: Path, instance: dg.DagsterInstance) -> Iterator[dg.AssetObservation]:

@@ -15,7 +15,7 @@ from alignflow_core.errors import InputError
 from alignflow_core.validation import nearest
 
 CONF_DIR = Path(__file__).parent / "conf"
-GROUPS = ("profile", "task", "reward", "encoder")
+GROUPS = ("profile", "task", "reward", "encoder", "comparators")
 EXPERIMENT_KEYS = ("reward", "encoder")  # of a whole project, see alignflow_core/config.py
 TARGET_DEFAULTS = ("align", "references")  # top-level sections that every target starts from
 

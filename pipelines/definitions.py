@@ -5,7 +5,6 @@ from pathlib import Path
 import dagster as dg
 
 from alignflow_core.config import load_project
-from alignflow_core.stages import STAGES
 from pipelines.assets import observed_assets, stage_asset
 from pipelines.automation import inputs_sensor, jobs, signature, stale_sensor
 from pipelines.freshness import freshness_checks, freshness_sensor
@@ -21,7 +20,7 @@ def build_definitions(root: Path, mode: str = "dvc") -> dg.Definitions:
     project = load_project(root / "params.yaml")
     lane_jobs = jobs(project)
     return dg.Definitions(
-        assets=[*(stage_asset(project, stage) for stage in STAGES.values()), *observed_assets(project, root)],
+        assets=[*(stage_asset(project, stage) for stage in project.graph.stages()), *observed_assets(project, root)],
         asset_checks=freshness_checks(root), jobs=lane_jobs,
         sensors=[inputs_sensor(root), stale_sensor(root, lane_jobs), freshness_sensor(root, signature)],
         resources={"runner": StageRunner(root=str(root), mode=mode)}, executor=dg.in_process_executor)

@@ -33,7 +33,7 @@ def render(project: Project, root: Path = Path(".")) -> str:
     """
     artifacts = [artifact_dir(stage.name, key) for stage, key in project.graph.nodes()]
     return HEADER + yaml.safe_dump({
-        "stages": {stage.name: _stage(project, stage, root.resolve()) for stage in STAGES.values()},
+        "stages": {stage.name: _stage(project, stage, root.resolve()) for stage in project.graph.stages()},
         "metrics": [f"{folder.as_posix()}/metrics.json" for folder in artifacts],
         "plots": [{f"{artifact_dir('compare', None).as_posix()}/comparison.csv": COMPARISON_PLOT}],
     }, sort_keys=False, width=150)
@@ -50,7 +50,8 @@ def _stage(project: Project, stage: Stage, root: Path) -> dict[str, Any]:
         "cmd": f"python -m alignflow_core stage {stage.name}{option}{mark}",
         "deps": [*_inputs(project, stage, key), *(["${item.raw}"] if stage.raw else []), *sources],
         # What a target chooses by name a whole project may choose for an experiment; the stage itself reads the target's entry, resolved.
-        "params": [*(dotted.replace("{key}", "${key}") for dotted in stage.params), *(dotted.rpartition(".")[2] for dotted in stage.chosen)],
+        "params": [*(dotted.replace("{key}", "${key}") for dotted in stage.params),
+                   *(dotted.rpartition(".")[2] for dotted in stage.chosen if stage.scope == "target")],
         "outs": [out.as_posix(), provenance_file(Path(), stage.name, key).as_posix()],
     }
     if key is None:
@@ -65,6 +66,8 @@ def _inputs(project: Project, stage: Stage, key: str | None) -> list[str]:
         name, _, which = spec.partition(":")
         if which == "all":
             found += [artifact_dir(name, each) for each in project.graph.keys(STAGES[name])]
+        elif which in ("own", "painter"):
+            found.append(Path("${item." + which + "}"))
         elif which:
             found.append(artifact_dir(name, project.source if which == "source" else "${item.domain}"))
         else:
@@ -73,18 +76,25 @@ def _inputs(project: Project, stage: Stage, key: str | None) -> list[str]:
 
 
 def _item(project: Project, stage: Stage, key: str, root: Path) -> dict[str, str]:
-    """What ``${item.…}`` stands for: the target's domain, the raw folder, the files of what the target chooses by name.
+    """What ``${item.…}`` stands for: the target's domain, the raw folder, what it paints with, the files of what it chooses by name.
 
-    References drawn from their domain have no folder of their own; the domain's stands in for it.
+    References drawn from their domain have no folder of their own; the domain's stands in for it. For a comparator without a base
+    the source's provenance does, which it depends on anyway.
     """
     if stage.scope == "domain":
         return {"raw": project.domains[key].dir}
-    domain, references = project.targets[key].domain, project.targets[key].references
-    raw = {"raw": references.dir or project.domains[domain].dir} if stage.raw else {}
+    found = {"domain": project.source}
+    if stage.scope == "target":
+        found["domain"], references = project.targets[key].domain, project.targets[key].references
+        found |= {"raw": references.dir or project.domains[found["domain"]].dir} if stage.raw else {}
+    inputs = project.graph.inputs(stage, key)
+    for name, _, which in (spec.partition(":") for spec in stage.inputs):
+        if which in ("own", "painter"):
+            found[which] = (artifact_dir(*inputs[name]) if name in inputs else provenance_file(Path(), "data", project.source)).as_posix()
     chosen = chosen_files(project, stage, key)
     if PACKAGE_DIR.is_relative_to(root):
-        return {"domain": domain} | raw | {name: (PACKAGE_DIR / file).relative_to(root).as_posix() for name, file in chosen.items()}
-    return {"domain": domain} | raw | ({"code": code_hash(stage.name, chosen.values())[:12]} if chosen else {})
+        return found | {name: (PACKAGE_DIR / file).relative_to(root).as_posix() for name, file in chosen.items()}
+    return found | ({"code": code_hash(stage.name, chosen.values())[:12]} if chosen else {})
 
 
 def _sources(stage: Stage, root: Path) -> tuple[list[str], str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from alignflow_core.compare import compare, gap_closed
-from alignflow_core.config import ARMS, load_project
+from alignflow_core.config import ARMS, COLOUR, load_project
 from alignflow_core.errors import InputError
 from alignflow_core.validation import nearest
 
@@ -30,7 +30,8 @@ def pooled(runs: Sequence[Path], baselines: Sequence[str]) -> str:
     first = projects[runs[0]]
     problems = [f"{run}: has seed {project.seed}, as {other} has; run it with another seed=N"
                 for i, (run, project) in enumerate(projects.items()) for other in runs[:i] if projects[other].seed == project.seed]
-    problems += [f"--baseline {name}: unknown arm{nearest(name, ARMS)}" for name in baselines if name not in ARMS]
+    known = [*ARMS, *(name for comparator in first.comparators for name in (comparator, comparator + COLOUR))]
+    problems += [f"--baseline {name}: unknown arm{nearest(name, known)}" for name in baselines if name not in known]
     problems += [f"{run}: target {target} is not evaluated yet; finish the run" for run, project in projects.items() for target in project.targets
                  if not (run / "artifacts" / "evaluate" / target / "metrics.parquet").exists()]
     if problems:

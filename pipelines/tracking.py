@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignflow_core.artifact import file_hash, read_json
-from alignflow_core.config import ARMS, SHARED_ARMS, Project, load_project
+from alignflow_core.config import ARMS, COLOUR, SHARED_ARMS, Project, in_order, load_project
 from alignflow_core.runner import provenance_file
 from alignflow_core.stages import STAGES, artifact_dir, node_id
 from pipelines import models
@@ -136,10 +136,9 @@ def experiment_id(store: "MlflowClient", root: Path, project: Project) -> str:
 
 def _axes(root: Path, project: Project, stage: str, key: str | None) -> dict[str, str]:
     """What ablations are compared by, as tags and params."""
-    if STAGES[stage].scope == "domain":
-        return {"domain": str(key)}
-    if STAGES[stage].scope == "project":
-        return {}
+    scope = STAGES[stage].scope
+    if scope != "target":
+        return {} if scope == "project" else {scope: str(key)}
     target = project.targets[str(key)]
     drawn = root / artifact_dir("references", key) / "metrics.json"  # a folder of references says itself how many there are
     count = int(read_json(drawn).get("n_references", target.references.count)) if drawn.exists() else target.references.count
@@ -256,7 +255,7 @@ def _log_arms(store: "MlflowClient", experiment: str, parent: str, root: Path, p
     table, numbers = pd.read_parquet(folder / "comparison.parquet"), read_json(folder / "metrics.json")
     for names, rows in table.groupby(["target", "arm"], sort=False):
         target, arm = map(str, names)
-        if project.targets[target].variant_of and arm in SHARED_ARMS:
+        if project.targets[target].variant_of and (arm in SHARED_ARMS or arm.removesuffix(COLOUR) in project.comparators):
             continue
         axes = _axes(root, project, "evaluate", target) | {"arm": arm}
         tags = axes | {PARENT: parent, "kind": "arm", "evaluation": provenance["inputs"][f"evaluate:{target}"], "profile": provenance["profile"]}
@@ -303,17 +302,18 @@ def compare_table(root: Path, metric: str = "dice") -> str:
     if not newest:
         raise InputError(f"{root / 'mlflow.db'}: no evaluation recorded yet; run 'alignflow materialize' or 'alignflow sync'")
     intervals = _intervals(store, experiments, metric)
-    rows = []
+    rows, comparators = [], load_project(root / "params.yaml").comparators
+    arms = in_order([*ARMS, *(arm for name in comparators for arm in (name, name + COLOUR))])
     for target, run in sorted(newest.items()):
-        names = {arm: f"{metric}_{_plain(arm)}" for arm in ARMS}
+        names = {arm: f"{metric}_{_plain(arm)}" for arm in arms}
         content = run.data.tags["content"][:DIGEST_LENGTH]
         cells = {arm: _cell(run.data.metrics[name], intervals.get((content, target, arm))) for arm, name in names.items() if name in run.data.metrics}
         rows.append({axis: run.data.tags.get(axis, "") for axis in ("target", "reward", "n_references", "gradient")} | cells)
-    if not any(arm in row for row in rows for arm in ARMS):
+    if not any(arm in row for row in rows for arm in arms):
         known = sorted({name.rsplit("_source", 1)[0] for run in newest.values() for name in run.data.metrics if name.endswith("_source")})
         raise InputError(f"metric '{metric}': not recorded (valid: {', '.join(known)})")
     table = pd.DataFrame(rows).fillna("")
-    columns = ["target", "reward", "n_references", "gradient", *(arm for arm in ARMS if arm in table)]
+    columns = ["target", "reward", "n_references", "gradient", *(arm for arm in arms if arm in table)]
     return str(table[columns].to_string(index=False))
 
 

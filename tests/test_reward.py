@@ -10,6 +10,7 @@ from torch import nn
 
 from alignflow_core.config import Align, Gates
 from alignflow_core.flow.solver import euler, time_grid
+from alignflow_core.registry import load
 from alignflow_core.reward import distances, registry
 from alignflow_core.reward.distances import frechet, skl
 from alignflow_core.reward.encoders import Encoder, Material
@@ -134,7 +135,7 @@ def plain(features: torch.Tensor) -> Reference:
 @pytest.mark.parametrize("name", registry.DISTANCES)
 def test_every_distance_is_least_at_the_references_and_leads_there(name: str) -> None:
     """Zero on the same set; and descending it from afar brings a set closer, with finite gradients all the way."""
-    distance = registry.load(registry.DISTANCES, name)
+    distance = load(registry.DISTANCES, name)
     draw = torch.Generator().manual_seed(0)
     theirs = torch.randn(40, 6, generator=draw).double() * 0.5 + torch.linspace(-1, 2, 6)
     reference = plain(theirs)

@@ -15,10 +15,11 @@ import pytest
 import yaml
 
 REPOSITORY = Path(__file__).parents[1]
-PLUMBING = ("__init__", "__main__", "artifact", "config", "distributed", "errors", "reward/__init__", "reward/registry", "runner", "stages", "usage",
+PLUMBING = ("__init__", "__main__", "artifact", "config", "distributed", "errors", "registry", "reward/__init__", "reward/registry",
+            "painters/__init__", "painters/registry", "runner", "stages", "usage",
             "validation")
-MODULES = ("data", "mask_flow", "image_flow", "sample", "segment", "labeller", "align", "reward/distances", "reward/statconv", "filtering",
-           "evaluate", "compare", "report")
+MODULES = ("data", "mask_flow", "image_flow", "sample", "segment", "labeller", "comparator", "align", "reward/distances", "reward/statconv",
+           "filtering", "evaluate", "compare", "report")
 TARGETS = ("amber", "dim")
 
 STAGE = '''

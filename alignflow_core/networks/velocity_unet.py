@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from alignflow_core.checkpoint import load_network, save_network
 from alignflow_core.config import Network
 from alignflow_core.flow.path import VelocityModel
+from alignflow_core.painters.registry import CONDITIONERS
+from alignflow_core.registry import load as load_registered
 
 SOURCE, TARGET = 0, 1
 
@@ -29,7 +31,7 @@ class VelocityUNet(nn.Module):
 
         super().__init__()
         self.cond_channels = cond_channels
-        self.unet = DiffusionModelUNet(
+        self.unet: Any = DiffusionModelUNet(
             spatial_dims=2, in_channels=channels + cond_channels, out_channels=channels, channels=network.channels,
             attention_levels=network.attention, num_res_blocks=network.n_res_blocks, num_head_channels=network.head_channels,
             norm_num_groups=network.norm_groups, num_class_embeds=2)
@@ -47,28 +49,35 @@ class VelocityUNet(nn.Module):
         """Start the target's embedding as a copy of the source's: the aligned model begins as stage 1."""
         self.unet.class_embedding.weight[TARGET] = self.unet.class_embedding.weight[SOURCE]
 
+    def domain_embeddings(self) -> tuple[nn.Module, ...]:
+        """What tells the source from the target."""
+        return (self.unet.class_embedding,)
+
 
 def in_domain(model: nn.Module, domain: int) -> VelocityModel:
     """The velocity model of one domain, with the plain signature that solvers and rewards call."""
     return functools.partial(model, domain=domain)
 
 
-def build(channels: int, cond_channels: int, network: Network, seed: int) -> VelocityUNet:
-    """A freshly initialised network; the same seed gives the same weights."""
+def build(channels: int, cond_channels: int, network: Network, seed: int, conditioner: str = "concat") -> VelocityUNet:
+    """A freshly initialised network of a registered conditioner; the same seed gives the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return VelocityUNet(channels, cond_channels, network)
+        found: VelocityUNet = load_registered(CONDITIONERS, conditioner)(channels, cond_channels, network)
+        return found
 
 
-def save(folder: Path, weights: dict[str, Tensor], channels: int, cond_channels: int, network: Network, **facts: Any) -> None:
+def save(folder: Path, weights: dict[str, Tensor], channels: int, cond_channels: int, network: Network, conditioner: str = "concat",
+         **facts: Any) -> None:
     """Write weights, shape and further facts that a reader needs (clip, task …)."""
-    save_network(folder, weights, {"channels": channels, "cond_channels": cond_channels, "network": dataclasses.asdict(network), **facts})
+    save_network(folder, weights, {"channels": channels, "cond_channels": cond_channels, "network": dataclasses.asdict(network),
+                                   "conditioner": conditioner, **facts})
 
 
 def load(folder: Path) -> tuple[VelocityUNet, dict[str, Any]]:
     """The network of a checkpoint folder, in evaluation mode, and its config."""
     weights, config = load_network(folder)
     shape: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in config["network"].items()}
-    model = build(config["channels"], config["cond_channels"], Network(**shape), seed=0)
+    model = build(config["channels"], config["cond_channels"], Network(**shape), 0, config["conditioner"])
     model.load_state_dict(weights)
     return model.eval(), config

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alignflow_core.reward import registry
+from alignflow_core.registry import load
 from alignflow_core.reward.regions import MIN_PIXELS, view
+from alignflow_core.reward.registry import ENCODERS
 
 BORDER_POWER = 4
 
@@ -55,7 +56,7 @@ def build(name: str, material: Material) -> Encoder:
     Raises:
         InputError: its weights are missing or do not fit.
     """
-    encoder: Encoder = registry.load(registry.ENCODERS, name)(material)
+    encoder: Encoder = load(ENCODERS, name)(material)
     return encoder.to(material.source.device).requires_grad_(False).eval()
 
 

@@ -62,6 +62,25 @@ def last_k(velocity_model: VelocityModel, x0: Tensor, cond: Tensor, times: Tenso
     return Rewarded(value.item(), x.detach())
 
 
+def one_step(velocity_model: VelocityModel, x0: Tensor, cond: Tensor, times: Tensor, reward: Reward, k: int,
+             generator: torch.Generator, weight: float) -> Rewarded:
+    """ReFL (arXiv 2304.05977): roll out without gradient to a late time, estimate x1 there by one network call, reward the estimate.
+
+    The time is drawn from the last half of the steps, as ReFL draws it from the last part of denoising; ``k`` plays no part.
+    """
+    n = len(times) - 1
+    stop = int(torch.randint(n // 2, n, (1,), generator=generator))
+    x = x0
+    with torch.no_grad():
+        for i in range(stop):
+            x = x + float(times[i + 1] - times[i]) * velocity_model(x, x.new_full((len(x),), float(times[i])), cond)
+    t = float(times[stop])
+    x1 = x + (1 - t) * velocity_model(x, x.new_full((len(x),), t), cond)
+    value = reward(x1)
+    (-weight * value).backward()
+    return Rewarded(value.item(), x1.detach())
+
+
 def full(velocity_model: VelocityModel, x0: Tensor, cond: Tensor, times: Tensor, reward: Reward, k: int,
          generator: torch.Generator, weight: float) -> Rewarded:
     """Exact back-propagation through all Euler steps, each network call recomputed on the way back; ``k`` plays no part.
@@ -77,4 +96,4 @@ def full(velocity_model: VelocityModel, x0: Tensor, cond: Tensor, times: Tensor,
     return Rewarded(value.item(), x.detach())
 
 
-SCHEMES: dict[str, Callable[..., Rewarded]] = {"sparse": sparse, "last_k": last_k, "full": full}
+SCHEMES: dict[str, Callable[..., Rewarded]] = {"sparse": sparse, "last_k": last_k, "one_step": one_step, "full": full}

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from alignflow_core.config import Align
-from alignflow_core.reward import registry
+from alignflow_core.registry import load
 from alignflow_core.reward.encoders import Standardised
 from alignflow_core.reward.moments import Reference, describe
+from alignflow_core.reward.registry import DISTANCES
 
 Known = list[Reference | None]
 
@@ -20,7 +21,7 @@ class Objective:
 
     def __init__(self, encoder: Standardised, settings: Align) -> None:
         self.encoder, self.settings = encoder, settings
-        self.distance = registry.load(registry.DISTANCES, settings.reward)
+        self.distance = load(DISTANCES, settings.reward)
 
     @torch.no_grad()
     def describe(self, images: Tensor, regions: Tensor) -> Known:

@@ -4,9 +4,6 @@ A new distance or encoder is one file and one line here (``docs/extending.md``).
 torch, and an aligned checkpoint depends on the file of its own distance and encoder, not on those of others.
 """
 
-import importlib
-from typing import Any
-
 DISTANCES = {
     "frechet": "reward.distances:frechet",
     "skl": "reward.distances:skl",
@@ -23,9 +20,3 @@ ENCODERS = {
     "ssl": "reward.self_supervised:build",
     "pretrained": "reward.pretrained:build",
 }
-
-
-def load(registry: dict[str, str], name: str) -> Any:
-    """The object a registered name stands for."""
-    module, _, attribute = registry[name].partition(":")
-    return getattr(importlib.import_module(f"alignflow_core.{module}"), attribute)

@@ -1,0 +1,30 @@
+"""Flow matching as a process: ``flow/`` seen through the interface that diffusion shares."""
+
+import torch
+from torch import Tensor
+
+from alignflow_core.config import Times
+from alignflow_core.flow.path import VelocityModel, expand, sample_path, sample_times
+from alignflow_core.flow.solver import euler, time_grid
+from alignflow_core.painters.process import Noised
+
+
+class Flow:
+    """Straight paths, velocity prediction (``flow/path.py``)."""
+
+    def noised(self, x1: Tensor, x0: Tensor, t: Tensor) -> Noised:
+        """The point at time t and the velocity there."""
+        point = sample_path(x0, x1, t)
+        return Noised(point.x_t, t, point.velocity, x0)
+
+    def times(self, n: int, law: Times, generator: torch.Generator) -> Tensor:
+        """As in stage 1."""
+        return sample_times(n, law, generator)
+
+    def clean(self, point: Noised, prediction: Tensor) -> Tensor:
+        """``x_t + (1 - t) v``."""
+        return point.x_t + (1 - expand(point.t, point.x_t)) * prediction
+
+    def sample(self, model: VelocityModel, x0: Tensor, cond: Tensor, n_steps: int) -> Tensor:
+        """Euler steps of equal length."""
+        return euler(model, x0, cond, time_grid(n_steps))

@@ -1,0 +1,36 @@
+"""What a generative process is to an objective and to sampling. Times run from noise (0) to data (1) in all of them."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from alignflow_core.config import Times
+from alignflow_core.flow.path import VelocityModel
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Data on its way to noise: x_t [B, C, H, W] at times t [B], what a network is to predict there, and the noise x0 that was mixed in."""
+
+    x_t: Tensor
+    t: Tensor
+    target: Tensor
+    x0: Tensor
+
+
+class Process(Protocol):
+    """Noising, its inversion and sampling; ``model`` is called ``(x_t, t, cond)`` as everywhere."""
+
+    def noised(self, x1: Tensor, x0: Tensor, t: Tensor) -> Noised:
+        """x1 [B, C, H, W] mixed with the noise x0 at times t [B]."""
+
+    def times(self, n: int, law: Times, generator: torch.Generator) -> Tensor:
+        """Training times, [n] on the CPU."""
+
+    def clean(self, point: Noised, prediction: Tensor) -> Tensor:
+        """The data that a prediction at a point stands for, [B, C, H, W]."""
+
+    def sample(self, model: VelocityModel, x0: Tensor, cond: Tensor, n_steps: int) -> Tensor:
+        """Noise x0 -> data, one call of the model a step."""

@@ -1,0 +1,47 @@
+"""Siamese-Diffusion's objective (arXiv 2505.06068; facts beyond the paper from its public code, github.com/Qiukunpeng/Siamese-Diffusion).
+
+A mask branch and an image branch share all weights. The image branch is told the mask (without gradient) *and* the image itself, with a
+weight that grows with the training step, and so predicts more truly; the mask branch is drawn towards its prediction. Sampling uses the mask branch.
+"""
+
+import torch
+from torch import Tensor
+
+from alignflow_core.config import ImageFlow
+from alignflow_core.painters.controlnet import DenseControlNetPainter
+from alignflow_core.painters.process import Process
+
+AUGMENT_FROM = 1 / 3  # share of the training after which the mask branch also learns on the image branch's clean estimates
+AUGMENT_LATEST = 0.8  # such estimates are used where little noise is left: step <= 200 of 1000
+
+
+def loss(model: DenseControlNetPainter, process: Process, x1: Tensor, cond: Tensor, settings: ImageFlow, draw: torch.Generator,
+         done: float) -> Tensor:
+    """``|e_m - e|^2 + |e_i - e|^2 + |e_m - sg(e_i)|^2``, and after a third of the training ``|e_m(x1 estimated by i) - e|^2``.
+
+    Arguments as in ``denoise.py``; sg is a stop-gradient: the image branch is not pulled down to the mask branch. Its mask residuals carry no
+    gradient either. ``condition_dropout`` is not used.
+    """
+    x0 = torch.randn(x1.shape, generator=draw).to(x1)
+    t = process.times(len(x1), settings.times, draw).to(x1)
+    point = process.noised(x1, x0, t)
+    by_mask, by_image = branches(model, point.x_t, t, x1, cond, done)
+    total = sum(error(a, b).mean() for a, b in ((by_mask, point.target), (by_image, point.target), (by_mask, by_image.detach())))
+    if done > AUGMENT_FROM:
+        again = process.noised(process.clean(point, by_image).detach(), x0, t)
+        total = total + (error(model(again.x_t, t, cond), again.target) * (t >= AUGMENT_LATEST)).mean()
+    return torch.as_tensor(total)
+
+
+def branches(model: DenseControlNetPainter, x_t: Tensor, t: Tensor, image: Tensor, cond: Tensor, done: float) -> tuple[Tensor, Tensor]:
+    """Predictions of the mask branch and of the image branch, [B, C, H, W] each."""
+    by_mask = model.residuals(x_t, t, model.mask_hint(cond))
+    by_image = model.residuals(x_t, t, model.image_hint(image, cond))
+    both = [m.detach() + done * i for m, i in zip(by_mask, by_image, strict=True)]
+    return model.controlled(x_t, t, by_mask), model.controlled(x_t, t, both)
+
+
+def error(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared difference per image, [B]."""
+    return (a.float() - b).square().mean((1, 2, 3))
+
