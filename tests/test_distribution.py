@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.linalg import sqrtm
 
 from alignflow_core.metrics.distribution import (
@@ -117,6 +118,38 @@ def test_floor_never_parts_a_patient():
     twins, groups = np.repeat(one_each, 2, 0), np.repeat(np.arange(30), 2)
     apart, together = real_floor(twins, np.random.default_rng(0)), real_floor(twins, np.random.default_rng(0), groups)
     assert together["kid"] > apart["kid"] and together["fid"] > apart["fid"]
+
+
+class Features(torch.nn.Module):
+    """Passes features on, as torchmetrics wants an extractor to look."""
+
+    num_features = 24
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize(("n", "m"), [(80, 80), (60, 90)])
+@pytest.mark.filterwarnings("ignore:.*save all extracted features")
+def test_fid_and_kid_equal_torchmetrics(n, m):
+    fid_peer, kid_peer = pytest.importorskip("torchmetrics.image.fid"), pytest.importorskip("torchmetrics.image.kid")
+    x, y = sets(n, m, 24, seed=6)
+    fid = fid_peer.FrechetInceptionDistance(feature=Features(), normalize=True).set_dtype(torch.float64)
+    kid = kid_peer.KernelInceptionDistance(feature=Features(), normalize=True, subsets=1, subset_size=n)
+    for features, real in ((y, True), (x, False)):
+        fid.update(torch.from_numpy(features), real=real)
+        kid.update(torch.from_numpy(features), real=real)
+    assert frechet(x, y) == pytest.approx(float(fid.compute()), rel=1e-4)
+    if n == m:  # theirs is for sets of one size
+        assert kernel_distance(x, y) == pytest.approx(float(kid.compute()[0]), rel=1e-4)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3, 2.0])
+def test_neighbourhoods_equal_prdc(shift):
+    peer = pytest.importorskip("prdc")
+    rng = np.random.default_rng(7)
+    real, fake = rng.normal(size=(70, 6)), rng.normal(shift, 0.9, size=(50, 6))
+    assert neighbourhoods(real, fake) == pytest.approx(peer.compute_prdc(real_features=real, fake_features=fake, nearest_k=5))
 
 
 def test_descriptors_see_colour_blur_and_noise():
