@@ -1,7 +1,7 @@
 """Every arm on the target's held-out test images; distances between image sets; copy check; does stage 1 obey its masks.
 
 Writes ``metrics.parquet`` (one value per image, class, arm and seed), ``distances.parquet`` (each with its
-number of images and the real-against-real floor), ``copying.parquet``, ``features.parquet`` (for the map of the sets) and
+number of images, 95 % interval and real-against-real floor), ``copying.parquet``, ``features.parquet`` (for the map of the sets) and
 ``appearance.parquet`` (colour, contrast, sharpness and noise of every image, by set).
 """
 
@@ -18,8 +18,9 @@ from alignflow_core.config import Task
 from alignflow_core.devices import prepare
 from alignflow_core.metrics.appearance import appearance
 from alignflow_core.metrics.copying import copy_check
-from alignflow_core.metrics.distribution import real_floor, set_distances
+from alignflow_core.metrics.distribution import LEAST, SHARE_OF, real_floor, set_distances
 from alignflow_core.metrics.features import FeatureSpace
+from alignflow_core.metrics.jackknife import estimates
 from alignflow_core.metrics.overlap import overlap, ratio_error
 from alignflow_core.networks.segmenters import load_segmenter, predict
 from alignflow_core.pairs import Pairs, read_pairs
@@ -125,27 +126,32 @@ def _obedience(task: Task, segmenters: Path, data: Measured, device: torch.devic
 
 def _image_distances(data: Measured, target: str, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Distances of every image set to the real target test images, and the vectors of the map."""
-    training = data.source.images[(data.source.table["split"] == "train").to_numpy()]
-    space = FeatureSpace.fit(training)
-    vectors = {"source": space(training), "references": space(data.references.images), "target test": space(data.test.images),
-               "stage1": space(data.stage1.images), "aligned": space(data.aligned.images)}
-    ids = {"source": np.array(data.source.ids)[(data.source.table["split"] == "train").to_numpy()], "references": data.references.ids,
-           "target test": data.test.ids, "stage1": data.stage1.ids, "aligned": data.aligned.ids}
-    rng = np.random.Generator(np.random.PCG64(derive_seed(seed, "evaluate", target, "floor")))
-    real, floor = vectors["target test"], real_floor(vectors["target test"], rng)
-    painted = {name: space(pairs.images) for name, pairs in data.comparators.items()}
-    vectors |= painted
-    ids |= {name: data.comparators[name].ids for name in painted}
-    compared = {name: vectors[name] for name in ("source", "references", *painted, "stage1", "aligned")}
-    compared["aligned+filtered"] = vectors["aligned"][data.kept]
+    train = data.source.select((data.source.table["split"] == "train").to_numpy())
+    space = FeatureSpace.fit(train.images)
+    sets = {"source": train, "references": data.references, "target test": data.test,
+            **data.comparators, "stage1": data.stage1, "aligned": data.aligned}
+    vectors = {name: space(pairs.images) for name, pairs in sets.items()}
+    features = pd.concat([_map_rows(name, pairs.ids, vectors[name]) for name, pairs in sets.items()], ignore_index=True)
+    groups = {name: _units(pairs) for name, pairs in sets.items()}
+    vectors["aligned+filtered"], groups["aligned+filtered"] = vectors["aligned"][data.kept], groups["aligned"][data.kept]
+    real, real_groups = vectors.pop("target test"), groups.pop("target test")
+    floor = real_floor(real, _draws(seed, target, "floor"), real_groups)
     rows = []
-    for name, found in compared.items():
-        measured = set_distances(found, real)
-        error = measured.pop("kid_error")
-        rows += [(target, name, metric, len(found), len(real), value, floor[metric], error if metric == "kid" else np.nan)
-                 for metric, value in measured.items()]
-    distances = pd.DataFrame(rows, columns=["target", "set", "metric", "n", "n_reference", "value", "floor", "error"])
-    return distances, pd.concat([_map_rows(name, ids[name], found) for name, found in vectors.items()], ignore_index=True)
+    for name, found in vectors.items():
+        measured = estimates(set_distances, found, real, groups[name], real_groups, _draws(seed, target, name), SHARE_OF, LEAST)
+        rows += [(target, name, metric, len(found), len(real), each.value, floor[metric], each.error, each.low, each.high)
+                 for metric, each in measured.items()]
+    columns = ["target", "set", "metric", "n", "n_reference", "value", "floor", "error", "ci_low", "ci_high"]
+    return pd.DataFrame(rows, columns=columns), features
+
+
+def _units(pairs: Pairs) -> np.ndarray:
+    """What is independent of each other: patients or sequences; every synthetic image is its own unit, given the generator."""
+    return (pairs.table["group"].astype(str) if "group" in pairs.table else pd.Series(pairs.ids, dtype=object)).to_numpy()
+
+
+def _draws(seed: int, target: str, purpose: str) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(derive_seed(seed, "evaluate", target, purpose)))
 
 
 def _map_rows(name: str, ids: object, vectors: np.ndarray) -> pd.DataFrame:

@@ -34,7 +34,8 @@ ARM_WORDS = {
     "oracle": "Trained on the target's own labels (upper bound)",
 }
 METRIC_WORDS = {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (px)", "cdr_error": "CDR error"}
-DISTANCE_METRICS = ("kid", "fid", "precision", "recall", "density", "coverage", "diversity")
+DISTANCE_METRICS = {"kid": "KID ↓", "cmmd": "CMMD ↓", "fid": "FID ↓", "precision": "precision ↑", "recall": "recall ↑", "density": "density ↑",
+                    "coverage": "coverage ↑", "diversity": "diversity ↑", "vendi": "Vendi ↑"}
 OBEY_BAR = 0.85
 
 
@@ -218,13 +219,11 @@ def _copy_summary(copies: pd.DataFrame, numbers: dict[str, float]) -> dict[str, 
 
 
 def _distance_rows(distances: pd.DataFrame) -> dict[str, Any]:
-    """Image sets by row, distances by column, and the floor."""
-    wide = distances.pivot_table(index="set", columns="metric", values="value", sort=False, dropna=False)
-    counts = distances.drop_duplicates("set").set_index("set")["n"]
-    return {"rows": [(name, int(counts[name]), wide.loc[name].to_dict()) for name in wide.index],
-            "n_reference": int(distances["n_reference"].iloc[0]),
-            "floor": distances.drop_duplicates("metric").set_index("metric")["floor"].to_dict(),
-            "error": distances[distances["metric"] == "kid"].set_index("set")["error"].to_dict()}
+    """Image sets by row, distances with their intervals by column, and the floor."""
+    rows = [(name, int(part["n"].iloc[0]), part.set_index("metric")[["value", "ci_low", "ci_high"]].to_dict("index"))
+            for name, part in distances.groupby("set", sort=False)]
+    return {"rows": rows, "n_reference": int(distances["n_reference"].iloc[0]),
+            "floor": distances.drop_duplicates("metric").set_index("metric")["floor"].to_dict()}
 
 
 def _look_rows(looks: pd.DataFrame) -> dict[str, Any]:

@@ -150,6 +150,10 @@ def test_evaluate_measures_images_with_their_n_and_floor(evaluated: Path):
     kid = distances.loc["kid"]
     assert kid.loc["aligned", "value"] < kid.loc["stage1", "value"] / 3
     assert kid["floor"].nunique() == 1 and abs(kid["floor"].iloc[0]) < kid.loc["stage1", "value"]
+    assert set(distances.index.levels[0]) == set(report.DISTANCE_METRICS)
+    inside = distances.dropna(subset="ci_low")
+    assert (inside["ci_low"] < inside["ci_high"]).all() and inside["value"].between(inside["ci_low"] - 1e-9, inside["ci_high"] + 1e-9).all()
+    assert distances["ci_low"].notna().groupby("set").mean()[["source", "stage1", "aligned"]].min() > 0.8
     features = pd.read_parquet(evaluated / "features.parquet")
     assert features["set"].value_counts().to_dict() == {"source": 16, "references": 7, "target test": 16, "stage1": 20, "aligned": 20}
 
@@ -212,7 +216,8 @@ def test_report_is_one_self_contained_page(project: Path, compared: Path):
     links = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert links and all(link.startswith(("data:", "#")) for link in links)
     assert "http" not in re.sub(r"data:[^\"]*", "", page) and "@import" not in page and "<script" not in page
-    for words in ("id=\"summary\"", "Target amber", "Synthetic is not anonymous", "Copy check", "real against real", "pair000005", "Holm"):
+    for words in ("id=\"summary\"", "Target amber", "Synthetic is not anonymous", "Copy check", "real against real", "pair000005", "Holm",
+                  "CMMD", "Vendi", "jackknife intervals"):
         assert words in page
     assert "secret_" not in page  # file names stay at home
     assert all(f'id="{link[1:]}"' in page for link in links if link.startswith("#"))
