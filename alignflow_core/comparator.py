@@ -45,7 +45,7 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
         base_steps = round(settings.training.steps * config.comparator_base.share)
     numbers, weights = _fit(network, chosen.process, chosen.objective, settings.training.steps - base_steps, config, inputs, context)
     velocity_unet.save(out_dir, weights, 3, cond_channels, settings.network, chosen.conditioner, domain=velocity_unet.SOURCE, clip=settings.clip,
-                       process=chosen.process, objective=chosen.objective)
+                       process=chosen.process, objective=chosen.objective, n_steps=chosen.n_steps)
     return numbers | {"n_images": float(settings.training.steps * settings.training.batch)}
 
 

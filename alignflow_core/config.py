@@ -372,10 +372,12 @@ class Data:
 class Sample:
     """Synthesis. ``mask_source``: ``real`` source masks, ``flow`` masks, or ``mixed`` half and half.
 
-    ``strength`` dials alignment: 0 paints with stage 1, 1 with the aligned weights, between with weights on the line between.
+    ``n_paired`` held-out masks of the target are painted too, to be compared with their real images. ``strength`` dials alignment:
+    0 paints with stage 1, 1 with the aligned weights, between with weights on the line between.
     """
 
     n_pairs: int = 256
+    n_paired: int = 32
     batch: int = 32
     solver: str = "euler"
     n_steps: int = 12
@@ -389,6 +391,7 @@ class Sample:
         one_of("sample.solver", self.solver, ("euler", "heun", "midpoint"))
         one_of("sample.mask_source", self.mask_source, ("real", "flow", "mixed"))
         at_least("sample.n_pairs", self.n_pairs, 4)
+        at_least("sample.n_paired", self.n_paired, 2)
         between("sample.strength", self.strength, 0.0, 1.5)
 
 
@@ -431,12 +434,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Tables: bootstrap resamples, confidence level and the arms that others are compared with."""
+    """Tables: bootstrap resamples, confidence level and the arms that others are compared with.
+
+    ``lpips_weights``: a local safetensors file (``docs/metrics.md``); without it there is the stand-in alone.
+    """
 
     bootstrap: int = 10_000
     level: float = 0.95
     baselines: tuple[str, ...] = ("source", "stage1")
     copy_quantile: float = 0.01
+    lpips_weights: str | None = None
 
 
 @dataclass(frozen=True)

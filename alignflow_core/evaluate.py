@@ -2,7 +2,8 @@
 
 Writes ``metrics.parquet`` (one value per image, class, arm and seed), ``distances.parquet`` (each with its
 number of images, 95 % interval and real-against-real floor), ``copying.parquet``, ``features.parquet`` (for the map of the sets) and
-``appearance.parquet`` (colour, contrast, sharpness and noise of every image, by set).
+``appearance.parquet`` (colour, contrast, sharpness and noise of every image, by set) and ``paired.parquet`` (each painter's image of a
+held-out mask against the real image of that mask).
 """
 
 from collections.abc import Mapping
@@ -22,8 +23,9 @@ from alignflow_core.metrics.distribution import LEAST, SHARE_OF, real_floor, set
 from alignflow_core.metrics.features import FeatureSpace
 from alignflow_core.metrics.jackknife import estimates
 from alignflow_core.metrics.overlap import overlap, ratio_error
+from alignflow_core.metrics.paired import paired
 from alignflow_core.networks.segmenters import load_segmenter, predict
-from alignflow_core.pairs import Pairs, read_pairs
+from alignflow_core.pairs import Pairs, read_array, read_pairs
 from alignflow_core.runner import Context
 from alignflow_core.seeding import derive_seed
 
@@ -62,6 +64,8 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     distances, features = _image_distances(data, target, config.seed)
     distances.to_parquet(out_dir / "distances.parquet", index=False)
     features.to_parquet(out_dir / "features.parquet", index=False)
+    likeness = _likeness(inputs["sample_paired"], data.test, target, config, context.root)
+    likeness.to_parquet(out_dir / "paired.parquet", index=False)
     looks = _looks(data, config.task)
     looks.to_parquet(out_dir / "appearance.parquet", index=False)
     copies, copy_numbers = _copies(data, config.evaluate.copy_quantile)
@@ -143,6 +147,20 @@ def _image_distances(data: Measured, target: str, seed: int) -> tuple[pd.DataFra
                  for metric, each in measured.items()]
     columns = ["target", "set", "metric", "n", "n_reference", "value", "floor", "error", "ci_low", "ci_high"]
     return pd.DataFrame(rows, columns=columns), features
+
+
+def _likeness(folder: Path, test: Pairs, target: str, config: SimpleNamespace, root: Path) -> pd.DataFrame:
+    """Every painter's images of held-out masks beside the real images of these: target, set, case_id, group, metric, value."""
+    ids = pd.read_parquet(folder / "manifest.parquet")["case_id"]
+    place = {case: row for row, case in enumerate(test.ids)}
+    real = test.select(np.array([place[case] for case in ids]))
+    weights = None if config.evaluate.lpips_weights is None else root / config.evaluate.lpips_weights
+    frames = []
+    for file in sorted(folder.glob("*.npy")):
+        for metric, values in paired(read_array(file), real.images, weights).items():
+            frames.append(pd.DataFrame({"target": target, "set": file.stem, "case_id": real.ids, "group": real.table["group"].astype(str).to_numpy(),
+                                        "metric": metric, "value": values}))
+    return pd.concat(frames, ignore_index=True)
 
 
 def _units(pairs: Pairs) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Synthesis: noise -> mask, mask -> image, one seed per pair, so that pair i is the same in any batch or after any restart."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +60,42 @@ def run_stage1(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any
 
 def run_comparator(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
     """Paint the synthetic masks with a comparator by its own sampler, from the same noise as stage 1."""
-    process, n_steps = load(PROCESSES, config.comparator.process)(), config.comparator.n_steps
+    return _paint(config, inputs["comparator"], None, inputs["sample_masks"], out_dir, context)
 
-    @torch.no_grad()
-    def draw(model: VelocityModel, noise: Tensor, cond: Tensor) -> Tensor:
-        images: Tensor = process.sample(model, noise, cond, n_steps)
-        return images
 
-    return _paint(config, inputs["comparator"], None, inputs["sample_masks"], out_dir, context, draw) | {"nfe": float(n_steps)}
+def run_paired(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
+    """Paint masks of the target's held-out pairs with every painter, for image-by-image measures and pictures side by side.
+
+    Nothing is ever trained on these. Row i of ``<painter>.npy`` stands for row i of ``manifest.parquet``, whose ``case_id`` names the real pair.
+    """
+    settings: Sample = config.sample
+    held_out = read_pairs(inputs["data:target"], "test")
+    chosen = np.unique(np.linspace(0, len(held_out) - 1, min(settings.n_paired, len(held_out))).round().astype(int))
+    pairs = held_out.select(chosen)
+    painters = {"stage1": "image_flow"} | {name.partition(":")[2]: name for name in inputs if name.startswith("comparator:")} | {"aligned": "align"}
+    device = prepare(config.machine)
+    for done, (painter, name) in enumerate(painters.items(), start=1):
+        model, facts = velocity_unet.load(inputs[name])
+        model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        parts = []
+        for start in range(0, len(pairs), settings.batch):
+            part = np.asarray(pairs.labels[start:start + settings.batch])
+            noise = torch.stack([torch.randn(3, *part.shape[1:], generator=generator(config.seed, "paired", start + i)) for i in range(len(part))])
+            with autocast(config.machine, device), torch.no_grad():
+                parts.append(to_bytes(_drawn(velocity_unet.in_domain(model, facts["domain"]), noise.to(device),
+                                             condition(part, config.task, facts["clip"]).to(device), facts, settings)))
+        np.save(out_dir / f"{painter}.npy", np.concatenate(parts))
+        context.progress(done, len(painters), painter)
+    pd.DataFrame({"case_id": pairs.ids}).to_parquet(out_dir / "manifest.parquet", index=False)
+    return {"n_pairs": float(len(pairs)), "painters": float(len(painters))}
+
+
+def _drawn(model: VelocityModel, noise: Tensor, cond: Tensor, facts: dict[str, Any], settings: Sample) -> Tensor:
+    """By the solver of ``sample``, or by the sampler that a comparator's checkpoint names."""
+    if "n_steps" not in facts:
+        return _solve(model, noise, cond, settings)
+    images: Tensor = load(PROCESSES, facts["process"])().sample(model, noise, cond, facts["n_steps"])
+    return images
 
 
 def run_aligned(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
@@ -76,14 +103,12 @@ def run_aligned(config: Any, inputs: dict[str, Path], out_dir: Path, context: An
     return _paint(config, inputs["align"], inputs["image_flow"], inputs["sample_masks"], out_dir, context)
 
 
-def _paint(config: Any, checkpoint_dir: Path, base_dir: Path | None, masks_dir: Path, out_dir: Path, context: Any,
-           draw: Callable[[VelocityModel, Tensor, Tensor], Tensor] | None = None) -> dict[str, float]:
+def _paint(config: Any, checkpoint_dir: Path, base_dir: Path | None, masks_dir: Path, out_dir: Path, context: Any) -> dict[str, float]:
     """Image i from noise seeded by (seed, "pair", i); finished chunks survive an interruption.
 
-    With a base the weights are ``base + strength (checkpoint - base)``. ``draw(model, noise, cond)`` stands in for the solver of ``sample``.
+    With a base the weights are ``base + strength (checkpoint - base)``.
     """
     settings: Sample = config.sample
-    solve = draw or (lambda model, noise, cond: _solve(model, noise, cond, settings))
     device = prepare(config.machine)
     model, facts = velocity_unet.load(checkpoint_dir)
     if base_dir is not None and settings.strength != 1:
@@ -101,8 +126,8 @@ def _paint(config: Any, checkpoint_dir: Path, base_dir: Path | None, masks_dir: 
             chosen = np.asarray(masks[start:start + settings.batch])
             cond = condition(chosen, config.task, facts["clip"]).to(device)
             noise = torch.stack([torch.randn(3, *chosen.shape[1:], generator=generator(config.seed, "pair", start + i)) for i in range(len(chosen))])
-            with autocast(config.machine, device):
-                images = to_bytes(solve(velocity_unet.in_domain(model, facts["domain"]), noise.to(device), cond))
+            with autocast(config.machine, device), torch.no_grad():
+                images = to_bytes(_drawn(velocity_unet.in_domain(model, facts["domain"]), noise.to(device), cond, facts, settings))
             np.save(part.with_suffix(".part.npy"), images)
             part.with_suffix(".part.npy").rename(part)
         parts.append(read_array(part))
@@ -113,7 +138,7 @@ def _paint(config: Any, checkpoint_dir: Path, base_dir: Path | None, masks_dir: 
     table["checkpoint"] = read_json(checkpoint_dir / "config.json")["weights_sha256"]
     images = np.concatenate(parts)
     write_pairs(out_dir, Pairs(images, np.asarray(masks), tuple(table["pair_id"]), table))
-    return {"n_images": len(images), "nfe": settings.n_steps * (1 if settings.solver == "euler" else 2),
+    return {"n_images": len(images), "nfe": facts.get("n_steps", settings.n_steps * (1 if settings.solver == "euler" else 2)),
             "saturated_fraction": float(((images == 0) | (images == 255)).mean())}
 
 

@@ -24,6 +24,12 @@ ABOUT: dict[str, tuple[str, str]] = {
                      "Real training masks, drawn ones or both in turn; implausible ones and near copies of training masks are refused."),
     "sample_stage1": ("Synthesis before alignment.", "Image *i* comes from the same mask and noise as image *i* after alignment."),
     "sample_aligned": ("Synthesis after alignment.", "Image *i* comes from the same mask and noise as image *i* of stage 1; its seed is its own."),
+    "sample_paired": ("Image metrics, and pictures of one mask by every painter.",
+                      "Row *i* of every array is the painter's image of the same held-out mask. Nothing is trained on these."),
+    "comparator_base": ("Comparators.", "Trained without masks; T2I-Adapter and ControlNets freeze it and add to it."),
+    "comparator": ("Comparators.", "Same trunk, batch and number of images seen as stage 1; the checkpoint holds a frozen base too."),
+    "sample_comparator": ("Comparators.", "Image *i* comes from the same mask and noise as image *i* of stage 1, by the comparator's own sampler."),
+    "segment_comparator": ("Comparators.", "Trained as the arm `stage1` is, on the comparator's pairs."),
     "filter": ("Not in the paper, which keeps all pairs.",
                "Every pair with its scores, and if it is refused the first reason. What is exported are the pairs kept here."),
     "segment_source": ("Downstream use: segmenters without a target.", "One network per arm and seed, all with the same number of optimiser steps."),
@@ -35,7 +41,8 @@ ABOUT: dict[str, tuple[str, str]] = {
     "report": ("Figures.", "`index.html` needs nothing besides itself. It shows references, so it stays on this machine."),
 }
 NETWORKS, ARRAYS, TABLES, PAGE = {"pytorch", "dvc", "mlflow"}, {"numpy", "parquet", "dvc"}, {"pandas", "parquet", "mlflow"}, {"html", "dvc"}
-KINDS = {"data": ARRAYS, "references": ARRAYS, "sample_masks": ARRAYS, "sample_stage1": ARRAYS, "sample_aligned": ARRAYS, "filter": TABLES,
+KINDS = {"data": ARRAYS, "references": ARRAYS, "sample_masks": ARRAYS, "sample_stage1": ARRAYS, "sample_aligned": ARRAYS,
+         "sample_comparator": ARRAYS, "sample_paired": ARRAYS, "filter": TABLES,
          "evaluate": TABLES, "compare": TABLES, "report": PAGE}  # Dagster shows at most three; the other stages train networks
 
 

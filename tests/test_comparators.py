@@ -258,6 +258,9 @@ def every_comparator_is_an_arm_and_a_set_of_images(built: Path) -> None:
     assert comparison["mean"].notna().all()
     distances = pd.read_parquet(built / "artifacts/evaluate/amber/distances.parquet")
     assert names <= set(distances["set"])
+    likeness = pd.read_parquet(built / "artifacts/evaluate/amber/paired.parquet")
+    assert set(likeness["set"]) == names | {"stage1", "aligned"}
+    assert {"psnr", "ssim", "ms_ssim", "lpips_standin"} == set(likeness["metric"])
     page = (built / "artifacts/report/index.html").read_text()
     assert all(name in page for name in names)
 

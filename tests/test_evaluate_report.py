@@ -83,6 +83,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_segmenters(art / "segment_source", SHARED)
     write_segmenters(art / "segment_target" / "amber", OWN)
     (art / "sample_masks").mkdir()
+    real = np.load(art / "data" / "amber-clinic" / "images.npy")[[30, 25]]  # rows of the test split, in an order of their own
+    (art / "sample_paired" / "amber").mkdir(parents=True)
+    np.save(art / "sample_paired" / "amber" / "stage1.npy", 255 - real)
+    np.save(art / "sample_paired" / "amber" / "aligned.npy", real)
+    pd.DataFrame({"case_id": ["am001e", "am0019"]}).to_parquet(art / "sample_paired" / "amber" / "manifest.parquet")
     curve = pd.DataFrame({"step": range(30), "metric": "loss", "value": np.linspace(1, 0.2, 30)})
     for stage in ("image_flow", "mask_flow", "align/amber"):
         (art / stage).mkdir(parents=True)
@@ -116,6 +121,7 @@ def build(root: Path, stage: str, function: Callable[..., dict[str, float]], key
 EVALUATE_INPUTS = {
     "data:source": "data/standard", "data:target": "data/amber-clinic", "references": "references/amber", "sample_stage1": "sample_stage1",
     "sample_aligned": "sample_aligned/amber", "filter": "filter/amber", "segment_source": "segment_source", "segment_target": "segment_target/amber",
+    "sample_paired": "sample_paired/amber",
 }
 REPORT_INPUTS = {
     "compare": "compare", "evaluate:amber": "evaluate/amber", "data:source": "data/standard", "references:amber": "references/amber",
@@ -156,6 +162,12 @@ def test_evaluate_measures_images_with_their_n_and_floor(evaluated: Path):
     assert distances["ci_low"].notna().groupby("set").mean()[["source", "stage1", "aligned"]].min() > 0.8
     features = pd.read_parquet(evaluated / "features.parquet")
     assert features["set"].value_counts().to_dict() == {"source": 16, "references": 7, "target test": 16, "stage1": 20, "aligned": 20}
+
+
+def test_evaluate_compares_painted_masks_with_their_own_real_images(evaluated: Path) -> None:
+    means = pd.read_parquet(evaluated / "paired.parquet").groupby(["set", "metric"])["value"].mean()
+    assert means["aligned", "ssim"] == pytest.approx(1) and means["aligned", "lpips_standin"] == 0 and np.isinf(means["aligned", "psnr"])
+    assert means["stage1", "ssim"] < 0.5
 
 
 def test_evaluate_finds_the_planted_copy(evaluated: Path):

@@ -171,7 +171,7 @@ def set_param(root: Path, value: object, *keys: str) -> None:
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
 
 
-DOWNSTREAM_OF_REFERENCES = ("references", "align", "sample_aligned", "filter", "segment_target", "evaluate")
+DOWNSTREAM_OF_REFERENCES = ("references", "align", "sample_aligned", "sample_paired", "filter", "segment_target", "evaluate")
 FAN_IN = ("compare", "report")
 
 
