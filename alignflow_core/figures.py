@@ -75,7 +75,7 @@ def forest(table: pd.DataFrame, targets: list[str], label: str) -> str:
         for axis in list(axes.flat)[len(targets):]:
             axis.set_visible(False)
         figure.tight_layout(w_pad=1.5)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def feature_map(features: pd.DataFrame) -> str:
@@ -94,7 +94,7 @@ def feature_map(features: pd.DataFrame) -> str:
                          edgecolors="white", linewidths=0.8 if name == "references" else 0.25, zorder=2)
         axis.set(xticks=[], yticks=[])
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=3, handletextpad=0.2, columnspacing=1.0)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def gates(table: pd.DataFrame) -> str:
@@ -116,7 +116,7 @@ def gates(table: pd.DataFrame) -> str:
                 axis.axvline(step, color="#1f2328", lw=1, ls=":", label="kept" if axis is upper else None)
             axis.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.97), ncols=3, borderaxespad=0, handlelength=1.6, columnspacing=1.2)
         figure.tight_layout()
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def ablation(rows: list[dict[str, Any]]) -> str:
@@ -132,7 +132,7 @@ def ablation(rows: list[dict[str, Any]]) -> str:
                  xlabel="Dice minus stage1")
         axis.grid(axis="y", visible=False)
         figure.tight_layout()
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def appearance(table: pd.DataFrame) -> str:
@@ -158,7 +158,7 @@ def appearance(table: pd.DataFrame) -> str:
         for axis in axes.flat[len(quantities):]:
             axis.set_axis_off()
         figure.tight_layout()
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def losses(curves: dict[str, pd.DataFrame]) -> str:
@@ -179,7 +179,7 @@ def losses(curves: dict[str, pd.DataFrame]) -> str:
         for axis in list(axes.flat)[len(curves):]:
             axis.set_visible(False)
         figure.tight_layout()
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def mask_strip(masks: np.ndarray) -> str:
@@ -234,7 +234,8 @@ def _rgb(colour: str) -> tuple[int, int, int]:
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
 
 
-def _svg(figure: Figure) -> str:
+def as_svg(figure: Figure) -> str:
+    """The finished figure as a data URI of an SVG file."""
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", metadata={"Date": None})
     plt.close(figure)

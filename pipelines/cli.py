@@ -68,6 +68,17 @@ def parser() -> argparse.ArgumentParser:
     add_overrides(sub)
     add_quiet(sub)
 
+    sub = add("paper", paper, "every comparator, rival and segmenter on equal terms; the paper's tables and figures as HTML, CSV and LaTeX")
+    sub.add_argument("--task", required=True, help="phantom (built-in data), binary, refuge or labels")
+    sub.add_argument("--source", type=Path, metavar="DIR", help="source domain; not with phantom")
+    sub.add_argument("--target", action="append", default=[], metavar="NAME=DIR", help="target domain; may be given several times; not with phantom")
+    sub.add_argument("--references", default="10", metavar="N|DIR", help="as for run (default: 10)")
+    sub.add_argument("--seeds", type=int, default=1, metavar="N", help="generator seeds 0 .. N-1, a run each (default: 1)")
+    sub.add_argument("--counts", default="1,5,20", metavar="N,N", help="numbers of references of the curve, for the first target (default: 1,5,20)")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="runs below DIR/seed<N>, tables and figures in DIR/paper")
+    add_overrides(sub)
+    add_quiet(sub)
+
     sub = add("init", init, "a project of one's own: params.yaml, folders for the images, DVC and Dagster set up")
     sub.add_argument("--root", type=Path, default=Path("."), metavar="DIR", help="folder of the project (default: here)")
     sub.add_argument("--source", required=True, metavar="NAME", help="name of the source domain")
@@ -172,12 +183,33 @@ def run(options: argparse.Namespace) -> int:
     from pipelines import local
 
     stop_on_sigterm()
-    targets = dict(_named_folder(text) for text in options.target)
-    if len(targets) < len(options.target):
-        raise InputError("--target: a name is given twice; give each target its own")
-    local.prepare_run(local.Folders(options.source, targets, options.references), options.task, options.out, options.overrides)
+    local.prepare_run(local.Folders(options.source, _named_folders(options.target), options.references), options.task, options.out, options.overrides)
     print(f"report: {local.run_all(options.out, options.quiet)}")
     return 0
+
+
+def paper(options: argparse.Namespace) -> int:
+    """The paper's tables and figures."""
+    from alignflow_core.runner import stop_on_sigterm
+    from pipelines.local import Folders
+    from pipelines.paper import build
+
+    stop_on_sigterm()
+    counts = [text for text in options.counts.split(",") if text]
+    if not all(text.isdecimal() and int(text) for text in counts):
+        raise InputError(f"--counts {options.counts}: not numbers of images; write for instance --counts 1,5,20")
+    if (options.source is None) != (not options.target) or (options.source is not None and options.task == "phantom"):
+        raise InputError("--source and --target go together, and neither goes with --task phantom")
+    folders = None if options.source is None else Folders(options.source, _named_folders(options.target), options.references)
+    print(f"tables and figures: {build(folders, options.task, options.out, options.overrides, options.seeds, [*map(int, counts)], options.quiet)}")
+    return 0
+
+
+def _named_folders(texts: list[str]) -> dict[str, Path]:
+    targets = dict(_named_folder(text) for text in texts)
+    if len(targets) < len(texts):
+        raise InputError("--target: a name is given twice; give each target its own")
+    return targets
 
 
 def _named_folder(text: str) -> tuple[str, Path]:

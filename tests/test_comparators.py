@@ -2,6 +2,8 @@
 
 import math
 import shutil
+import sys
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -225,6 +227,21 @@ def test_one_step_reward_is_that_of_a_late_estimate() -> None:
     stop = int(torch.randint(4, 8, (1,), generator=draw(1)))
     assert math.isclose(done.reward, 4 * 0.5, rel_tol=1e-6)
     torch.testing.assert_close(field.grad, torch.full((1, 1, 2, 2), -(1 - float(times[stop]))))
+
+
+def test_the_documented_example_is_a_conditioner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``docs/comparators.md``: one file and one line."""
+    text = (Path(__file__).parents[1] / "docs" / "comparators.md").read_text(encoding="utf-8")
+    module = types.ModuleType("alignflow_core.painters.mean_bias")
+    code = compile(text.partition("```python\n")[2].partition("```")[0], "docs/comparators.md", "exec")
+    types.FunctionType(code, module.__dict__)()
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(CONDITIONERS, "mean_bias", "painters.mean_bias:build")
+    model = velocity_unet.build(3, COND, NETWORK, seed=0, conditioner="mean_bias")
+    nn.init.normal_(model.unet.out[2].conv.weight, std=0.1, generator=draw(1))
+    x_t, t, cond = batch()
+    assert not torch.allclose(model(x_t, t, cond), model(x_t, t, torch.zeros_like(cond)))
+    assert Comparator(process="flow", conditioner="mean_bias").base is None
 
 
 @pytest.mark.parametrize(("section", "words"), [

@@ -28,7 +28,7 @@ def bca_intervals(values: np.ndarray, level: float, resamples: int, rng: np.rand
     if n < 2:
         return np.full(k, np.nan), np.full(k, np.nan)
     mean = values.mean(0)
-    means = _bootstrap_means(values, resamples, rng)
+    means = bootstrap_means(values, resamples, rng)
     below = (means < mean).mean(0) + 0.5 * (np.abs(means - mean) <= 1e-12).mean(0)
     bias = norm.ppf(below.clip(0.5 / resamples, 1 - 0.5 / resamples))
     left_out = mean - (values.sum(0) - values) / (n - 1)
@@ -42,7 +42,7 @@ def bca_intervals(values: np.ndarray, level: float, resamples: int, rng: np.rand
     return ends[0], ends[1]
 
 
-def _bootstrap_means(values: np.ndarray, resamples: int, rng: np.random.Generator, chunk: int = 500) -> np.ndarray:
+def bootstrap_means(values: np.ndarray, resamples: int, rng: np.random.Generator, chunk: int = 500) -> np.ndarray:
     """Column means of ``resamples`` resampled row sets, [resamples, k], as matrix products of row counts."""
     n, found = len(values), []
     for start in range(0, resamples, chunk):
