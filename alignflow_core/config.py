@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from alignflow_core.errors import InputError
+from alignflow_core.networks.registry import ARCHITECTURES
 from alignflow_core.painters.registry import CONDITIONERS, OBJECTIVES, ON_A_FROZEN_BASE, PROCESSES
 from alignflow_core.reward.registry import DISTANCES, ENCODERS
 from alignflow_core.stages import Graph
@@ -217,18 +218,27 @@ class ComparatorBase:
 
 @dataclass(frozen=True)
 class SegmenterNetwork:
-    """MONAI's residual U-Net.
+    """A segmenter.
 
     Attributes:
-        channels: per level, each half the size of the one before.
-        norm: ``instance`` forgives a shift of colour or contrast that a whole image shares; ``batch`` does not.
+        channels: of the U-Net per level, each half the size of the one before; transformers get as many levels and about as many parameters.
+        norm: of the U-Net: ``instance`` forgives a shift of colour or contrast that a whole image shares; ``batch`` does not.
+        architecture: a name of ``networks/registry.py``. For the downstream arms ``segment.architectures`` stands in its place; the
+            judges of ``filter`` keep to this.
+        weights: architecture -> local folder with config.json and model.safetensors, as ``transformers`` writes them, to start from.
     """
 
     channels: tuple[int, ...] = (16, 32, 64, 128)
     norm: str = "batch"
+    architecture: str = "unet"
+    weights: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         one_of("segmenter network.norm", self.norm, ("batch", "instance"))
+        one_of("segmenter network.architecture", self.architecture, ARCHITECTURES)
+        known = [name for name, architecture in ARCHITECTURES.items() if architecture.tuning is not None]
+        for name in self.weights:
+            one_of("segmenter network.weights", name, known)
 
 
 @dataclass(frozen=True)
@@ -413,8 +423,12 @@ class Filter:
 
 @dataclass(frozen=True)
 class Segment:
-    """Downstream segmenters. Every arm and seed gets the same number of optimiser steps."""
+    """Downstream segmenters. Every architecture, arm and seed gets the same number of optimiser steps.
 
+    ``architectures`` are names of ``networks/registry.py``; the report's main tables are about the first of them.
+    """
+
+    architectures: tuple[str, ...] = ("unet",)
     arms: tuple[str, ...] = ARMS
     seeds: int = 2
     network: SegmenterNetwork = field(default_factory=SegmenterNetwork)
@@ -428,6 +442,11 @@ class Segment:
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown:
             raise InputError(*(f"segment.arms: unknown arm '{arm}'{nearest(arm, ARMS)}" for arm in unknown))
+        at_least("number of segment.architectures", len(self.architectures), 1)
+        for name in self.architectures:
+            one_of("segment.architectures", name, ARCHITECTURES)
+        if len(set(self.architectures)) < len(self.architectures):
+            raise InputError(f"segment.architectures: {', '.join(self.architectures)} names one twice; name each once")
         at_least("segment.seeds", self.seeds, 1)
         between("segment.synthetic_share", self.synthetic_share, 0.0, 1.0)
 

@@ -1,6 +1,6 @@
 """Every arm on the target's held-out test images; distances between image sets; copy check; does stage 1 obey its masks.
 
-Writes ``metrics.parquet`` (one value per image, class, arm and seed), ``distances.parquet`` (each with its
+Writes ``metrics.parquet`` (one value per image, class, segmenter, arm and seed), ``distances.parquet`` (each with its
 number of images, 95 % interval and real-against-real floor), ``copying.parquet``, ``features.parquet`` (for the map of the sets) and
 ``appearance.parquet`` (colour, contrast, sharpness and noise of every image, by set) and ``paired.parquet`` (each painter's image of a
 held-out mask against the real image of that mask).
@@ -24,6 +24,7 @@ from alignflow_core.metrics.features import FeatureSpace
 from alignflow_core.metrics.jackknife import estimates
 from alignflow_core.metrics.overlap import overlap, ratio_error
 from alignflow_core.metrics.paired import paired
+from alignflow_core.networks.registry import prefix
 from alignflow_core.networks.segmenters import load_segmenter, predict
 from alignflow_core.pairs import Pairs, read_array, read_pairs
 from alignflow_core.runner import Context
@@ -49,7 +50,8 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     """Measure one target.
 
     Returns:
-        Means over images, classes and seeds (``dice_<arm>``, ``iou_<arm>`` …), ``kid_<set>``, the copy rates and
+        Means over images, classes and seeds (``dice_<arm>``, ``iou_<arm>`` … of the first segmenter architecture,
+        ``<architecture>/dice_<arm>`` of others), ``kid_<set>``, the copy rates and
         ``obey_ratio``: Dice of the ``source`` segmenter on stage-1 images against their masks over its Dice on real source test images.
     """
     device = prepare(config.machine)
@@ -70,8 +72,9 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     looks.to_parquet(out_dir / "appearance.parquet", index=False)
     copies, copy_numbers = _copies(data, config.evaluate.copy_quantile)
     copies.to_parquet(out_dir / "copying.parquet", index=False)
-    means = table.groupby(["metric", "arm"])["value"].mean().reset_index()
-    numbers = {f"{row['metric']}_{metric_name(row['arm'])}": float(row["value"]) for row in means.to_dict("records")}
+    means = table.groupby(["segmenter", "metric", "arm"])["value"].mean().reset_index()
+    first = table["segmenter"].iloc[0]
+    numbers = {f"{prefix(row['segmenter'], first)}{row['metric']}_{metric_name(row['arm'])}": float(row["value"]) for row in means.to_dict("records")}
     kid = distances[distances["metric"] == "kid"]
     numbers |= {f"kid_{metric_name(name)}": float(value) for name, value in zip(kid["set"], kid["value"], strict=True)}
     numbers |= copy_numbers | _obedience(config.task, inputs["segment_source"], data, device)
@@ -89,16 +92,17 @@ def metric_name(arm: str) -> str:
 
 
 def _arm_table(config: SimpleNamespace, inputs: Mapping[str, Path], test: Pairs, target: str, device: torch.device, context: Context) -> pd.DataFrame:
-    """One row per test image, class, metric, arm and segmenter seed."""
+    """One row per test image, class, metric, segmenter, arm and segmenter seed."""
     folders = [folder for name, folder in inputs.items() if name.startswith("segment_")]
     rows = [row | {"root": folder} for folder in folders for row in pd.read_parquet(folder / "segmenters.parquet").to_dict("records")]
     frames = []
     for done, row in enumerate(rows, start=1):
         predicted = predict(load_segmenter(row["root"] / row["folder"], device), test.images, config.task, device)
         frame = _image_table(predicted, test, config.task)
-        frames.append(frame.assign(target=target, arm=row["arm"], generator_seed=config.seed, segmenter_seed=row["segmenter_seed"]))
+        frames.append(frame.assign(target=target, arm=row["arm"], generator_seed=config.seed, segmenter=row["segmenter"],
+                                   segmenter_seed=row["segmenter_seed"]))
         context.progress(done, len(rows), row["arm"])
-    columns = ["target", "arm", "generator_seed", "segmenter_seed", "case_id", "group", "class", "metric", "value"]
+    columns = ["target", "arm", "generator_seed", "segmenter", "segmenter_seed", "case_id", "group", "class", "metric", "value"]
     return pd.concat(frames, ignore_index=True)[columns]
 
 
@@ -114,9 +118,9 @@ def _image_table(predicted: np.ndarray, test: Pairs, task: Task) -> pd.DataFrame
 
 
 def _obedience(task: Task, segmenters: Path, data: Measured, device: torch.device) -> dict[str, float]:
-    """Dice of the ``source`` segmenter on real source test images and on stage-1 images against the masks they were painted from."""
+    """Dice of the first ``source`` segmenter on real source test images and on stage-1 images against the masks they were painted from."""
     table = pd.read_parquet(segmenters / "segmenters.parquet")
-    first = table[table["arm"] == "source"].sort_values("segmenter_seed").head(1)
+    first = table[table["arm"] == "source"].head(1)  # rows stand by architecture, arm and seed
     if first.empty:
         return {}
     model = load_segmenter(segmenters / first["folder"].iloc[0], device)

@@ -21,7 +21,7 @@ from alignflow_core.devices import prepare
 from alignflow_core.errors import StageError
 from alignflow_core.masks import regions
 from alignflow_core.metrics.copying import novelty_check
-from alignflow_core.networks.segmenters import build_segmenter, mean_dice, predict
+from alignflow_core.networks.segmenters import build_segmenter, mean_dice, predict, rooted
 from alignflow_core.pairs import Pairs, read_pairs, to_unit
 from alignflow_core.reward.encoders import Standardised
 from alignflow_core.reward.statconv import StatConv
@@ -101,7 +101,7 @@ def _cross_judged(config: Any, pairs: Pairs, references: Pairs, device: torch.de
     for number, trained_on in enumerate((half, ~half)):
         weights, _ = fit(Diet(pairs.select(trained_on)), None, task, segment.network, training, config.machine,
                          (config.seed, "filter", "judge", number), context.work_dir / f"judge{number}.safetensors", context)
-        judge = build_segmenter(len(task.classes), segment.network, 0)
+        judge = build_segmenter(len(task.classes), rooted(segment.network, context.root), 0)
         judge.load_state_dict(weights)
         judged = pairs.select(~trained_on)
         agreement[~trained_on] = mean_dice(predict(judge.to(device), judged.images, task, device), judged.labels, task)

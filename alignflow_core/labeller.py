@@ -20,5 +20,5 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
     weights, dice = fit(Diet(source, colour=settings.colour_strength), read_pairs(inputs["data:source"], "val"), config.task, settings.network,
                         settings.training, config.machine, (config.seed, "labeller", "source"), context.work_dir / "state.safetensors", context,
                         check_every=settings.check_every)
-    save_segmenter(out_dir, weights, len(config.task.classes), settings.network, config.task, val_dice=dice)
+    save_segmenter(out_dir, weights, len(config.task.classes), settings.network, config.task, context.root, val_dice=dice)
     return {"val_dice": dice}

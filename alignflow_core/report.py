@@ -1,6 +1,7 @@
 """Tables and figures on one self-contained page that opens anywhere, prints well and asks nothing of the network.
 
-Shows opaque case ids only. The page's words and layout are ``report_template.html``; its figures are ``figures.py``.
+The main tables are about the first segmenter architecture; where there are more, one table has them all. Shows opaque case ids only.
+The page's words and layout are ``report_template.html``; its figures are ``figures.py``.
 """
 
 import dataclasses
@@ -34,6 +35,7 @@ ARM_WORDS = {
     "oracle": "Trained on the target's own labels (upper bound)",
 }
 METRIC_WORDS = {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (px)", "cdr_error": "CDR error"}
+SEGMENTER_METRICS = ("dice", "iou")
 DISTANCE_METRICS = {"kid": "KID ↓", "cmmd": "CMMD ↓", "fid": "FID ↓", "precision": "precision ↑", "recall": "recall ↑", "density": "density ↑",
                     "coverage": "coverage ↑", "diversity": "diversity ↑", "vendi": "Vendi ↑"}
 OBEY_BAR = 0.85
@@ -43,8 +45,9 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     """Write ``index.html``."""
     targets = [name.partition(":")[2] for name in inputs if name.startswith("evaluate:")]
     source = read_pairs(inputs["data:source"])
-    comparison = pd.read_parquet(inputs["compare"] / "comparison.parquet")
-    gap = pd.read_parquet(inputs["compare"] / "gap.parquet")
+    compared, gap, per_class = (pd.read_parquet(inputs["compare"] / f"{name}.parquet") for name in ("comparison", "gap", "per_class"))
+    segmenters = list(dict.fromkeys(compared["segmenter"]))
+    comparison, gap, per_class = (table[table["segmenter"] == segmenters[0]] for table in (compared, gap, per_class))
     level = read_json(inputs["compare"] / "metrics.json")["interval_level"]
     arms = in_order(comparison["arm"])
     metrics = [metric for metric in METRIC_WORDS if metric in set(comparison["metric"])]
@@ -61,7 +64,8 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
         arm_words={arm: arm_words(arm) for arm in arms}, arm_colours={arm: figures.colour_of(arm) for arm in arms},
         baselines=list(dict.fromkeys(comparison["baseline"])), task=config.task, source=_split_counts(source), size=source.images.shape[1],
         forest=figures.forest(once[once["metric"] == "dice"], targets, "Dice, mean over held-out test images"),
-        classes=_per_class(pd.read_parquet(inputs["compare"] / "per_class.parquet"), targets, metrics) if len(config.task.classes) > 1 else [],
+        segmenters=segmenters, by_segmenter=_by_segmenter(compared, targets),
+        classes=_per_class(per_class, targets, metrics) if len(config.task.classes) > 1 else [],
         ablations=_ablations(targets, variants, config, inputs, comparison), losses=_losses(inputs, targets),
         lineage=lineage, run=_what_ran(lineage), obey_bar=OBEY_BAR,
         distance_metrics=DISTANCE_METRICS, longest=max((each["rows"] for each in sections), key=len),
@@ -266,6 +270,28 @@ def _nearest_masks(masks: np.ndarray, real: np.ndarray, task: Task) -> np.ndarra
         total = region.sum((1, 2)) + inside.sum((2, 3))
         found.append((2 * (region & inside).sum((2, 3)) / np.maximum(total, 1)).mean(1).argmax())
     return np.array(found)
+
+
+def _by_segmenter(table: pd.DataFrame, targets: list[str]) -> list[dict[str, Any]]:
+    """Per target: a group of rows per segmenter, each with Dice and IoU of its arms, and one with their means over the segmenters.
+
+    Empty for one segmenter. An arm that a segmenter lacks has no mean.
+    """
+    once = table[table["metric"].isin(SEGMENTER_METRICS)].drop_duplicates(["target", "segmenter", "arm", "metric"])
+    segmenters = list(dict.fromkeys(once["segmenter"]))
+    if len(segmenters) < 2:
+        return []
+    found = []
+    for target in targets:
+        means = once[once["target"] == target].pivot(index=["segmenter", "arm"], columns="metric", values="mean")
+        arms = in_order(means.index.get_level_values("arm"))
+        groups: dict[str, list[tuple[str, list[float]]]] = {
+            name: [(arm, [float(means.loc[(name, arm), metric]) for metric in SEGMENTER_METRICS]) for arm in arms if (name, arm) in means.index]
+            for name in segmenters}
+        values = {arm: [row for rows in groups.values() for other, row in rows if other == arm] for arm in arms}
+        groups["mean"] = [(arm, np.mean(rows, axis=0).tolist()) for arm, rows in values.items() if len(rows) == len(segmenters)]
+        found.append({"target": target, "groups": groups})
+    return found
 
 
 def _per_class(table: pd.DataFrame, targets: list[str], metrics: list[str]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Downstream: one segmenter per arm and seed, every arm with the same number of optimiser steps.
+"""Downstream: one segmenter per architecture, arm and seed, every one with the same number of optimiser steps.
 
 | arm | training images |
 |---|---|
@@ -21,11 +21,10 @@ import numpy as np
 import pandas as pd
 
 from alignflow_core.colour_transfer import fourier, reinhard
-from alignflow_core.config import COLOUR, SHARED_ARMS, TARGET_ARMS, Segment, Task
-from alignflow_core.networks.segmenters import save_segmenter
+from alignflow_core.config import COLOUR, SHARED_ARMS, TARGET_ARMS, Segment
 from alignflow_core.pairs import Pairs, read_pairs
 from alignflow_core.seeding import derive_seed
-from alignflow_core.segmenter_fit import Diet, fit
+from alignflow_core.segmenter_fit import Diet, fit_arms
 
 
 def run_source(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
@@ -36,7 +35,7 @@ def run_source(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any
              "stage1": lambda: Diet(source, read_pairs(inputs["sample_stage1"]), settings.synthetic_share),
              "stage1+colour": lambda: Diet(source, read_pairs(inputs["sample_stage1"]), settings.synthetic_share, settings.colour_strength)}
     chosen = [arm for arm in SHARED_ARMS if arm in settings.arms]
-    return _fit_arms(config, {arm: diets[arm]() for arm in chosen}, {}, read_pairs(inputs["data:source"], "val"), out_dir, context)
+    return fit_arms(config, {arm: diets[arm]() for arm in chosen}, {}, read_pairs(inputs["data:source"], "val"), out_dir, context)
 
 
 def run_comparator(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
@@ -47,7 +46,7 @@ def run_comparator(config: Any, inputs: dict[str, Path], out_dir: Path, context:
     diets = {name: Diet(source, painted, settings.synthetic_share)}
     if any(arm.endswith(COLOUR) for arm in settings.arms):
         diets[name + COLOUR] = Diet(source, painted, settings.synthetic_share, settings.colour_strength)
-    return _fit_arms(config, diets, {}, read_pairs(inputs["data:source"], "val"), out_dir, context)
+    return fit_arms(config, diets, {}, read_pairs(inputs["data:source"], "val"), out_dir, context)
 
 
 def run_target(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
@@ -74,24 +73,5 @@ def run_target(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any
              "references-labelled": lambda: Diet(source, references, share), "oracle": lambda: Diet(read_pairs(inputs["data:target"], "train"))}
     # Without labels of its own a reference set has no labelled arm; the tables then lack that row.
     chosen = [arm for arm in TARGET_ARMS if arm in wanted and (arm != "references-labelled" or references.masks is not None)]
-    return _fit_arms(config, {arm: diets[arm]() for arm in chosen}, {"oracle": read_pairs(inputs["data:target"], "val")},
-                     read_pairs(inputs["data:source"], "val"), out_dir, context)
-
-
-def _fit_arms(config: Any, diets: dict[str, Diet], own_validation: dict[str, Pairs], validation: Pairs, out_dir: Path,
-              context: Any) -> dict[str, float]:
-    """Fit every (arm, seed), resuming after the last finished one, and write ``segmenters.parquet``."""
-    settings: Segment = config.segment
-    task: Task = config.task
-    rows = []
-    for arm, diet in diets.items():
-        for seed in range(settings.seeds):
-            folder = f"{arm}/seed{seed}"
-            # Seeds leave out the target's name: arms of two targets start from equal weights.
-            weights, dice = fit(diet, own_validation.get(arm, validation), task, settings.network, settings.training, config.machine,
-                                (config.seed, "segment", arm, seed), context.work_dir / f"{arm}.{seed}.safetensors", context, settings.check_every)
-            save_segmenter(out_dir / folder, weights, len(task.classes), settings.network, task, arm=arm, val_dice=dice)
-            rows.append((arm, seed, folder, dice, settings.training.steps, len(diet.main), 0 if diet.added is None else len(diet.added)))
-    table = pd.DataFrame(rows, columns=["arm", "segmenter_seed", "folder", "val_dice", "steps", "n_real", "n_synthetic"])
-    table.to_parquet(out_dir / "segmenters.parquet", index=False)
-    return {f"val_dice/{str(arm).replace('+', '_plus_')}": float(dice) for arm, dice in table.groupby("arm")["val_dice"].mean().items()}
+    return fit_arms(config, {arm: diets[arm]() for arm in chosen}, {"oracle": read_pairs(inputs["data:target"], "val")},
+                    read_pairs(inputs["data:source"], "val"), out_dir, context)

@@ -143,8 +143,11 @@ def parser() -> argparse.ArgumentParser:
 
     sub = add("export", export, "kept synthetic pairs as PNG files for other tools")
     sub.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
-    sub.add_argument("--format", choices=["folder"], default="folder", help="folder: images/, masks/ and manifest.csv for each target")
+    sub.add_argument("--format", choices=["folder", "nnunet"], default="folder",
+                     help="folder: images/, masks/ and manifest.csv for each target (default); nnunet: a dataset of nnU-Net v2 for each target")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    sub.add_argument("--with-source", action="store_true", help="nnunet: the source's training pairs too; else synthetic pairs alone")
+    sub.add_argument("--dataset-id", type=int, metavar="N", help="nnunet: number of the first target's dataset (default: 501)")
 
     sub = add("doctor", doctor, "versions, device, data, telemetry; what is wrong and how to mend it")
     add_root(sub)
@@ -370,10 +373,16 @@ def pool(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """Synthetic pairs as files."""
-    from pipelines.export import export_folder
+    from pipelines.export import FIRST_DATASET, export_folder, export_nnunet
 
-    for target, count in export_folder(options.run, options.out).items():
-        print(f"{options.out / target}: {count} pairs")
+    if options.format == "nnunet":
+        counts = export_nnunet(options.run, options.out, options.with_source, FIRST_DATASET if options.dataset_id is None else options.dataset_id)
+    elif options.with_source or options.dataset_id is not None:
+        raise InputError("--with-source and --dataset-id are about nnU-Net datasets; add --format nnunet")
+    else:
+        counts = export_folder(options.run, options.out)
+    for name, count in counts.items():
+        print(f"{options.out / name}: {count} pairs")
     return 0
 
 

@@ -4,7 +4,7 @@
 |---|---|---|---|
 | ``image-flow`` | stage 1 | arm ``stage1`` | the test images of all targets |
 | ``aligned-<target>`` | stage 2 | arm ``aligned`` | those of the target |
-| ``segmenter-<target>`` | arm ``aligned+filtered``, a folder per segmenter seed | itself | those of the target |
+| ``segmenter-<target>`` | arm ``aligned+filtered`` of the first architecture, a folder per segmenter seed | itself | those of the target |
 
 A version is plain files, ``weights.safetensors`` and ``config.json``, copied to the run that built the network; each content is one version.
 The alias ``champion`` belongs to the first version, and moves to another only where the interval of their paired difference, image by image and
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignflow_core.artifact import file_hash, json_hash, read_json
 from alignflow_core.config import Project
+from alignflow_core.networks.registry import arm_folder
 from alignflow_core.runner import provenance_file
 from alignflow_core.stages import STAGES, artifact_dir, node_id
 from pipelines.versions import NodeName
@@ -45,7 +46,7 @@ class Model:
         name: in the registry.
         node: stage and key whose artifact holds the network.
         folder: of the network inside that artifact; may hold one folder per segmenter seed.
-        arm: whose Dice counts.
+        arm, segmenter: whose Dice counts; the architecture is the first of ``segment.architectures``.
         targets: whose test images count.
         instrument: nodes and sections of their params that must be equal for two measurements to be comparable.
     """
@@ -54,6 +55,7 @@ class Model:
     node: NodeName
     folder: str
     arm: str
+    segmenter: str
     targets: tuple[str, ...]
     instrument: tuple[tuple[NodeName, tuple[str, ...]], ...]
 
@@ -66,14 +68,16 @@ class Model:
 
 def measured_by(project: Project, stage: str, key: str | None) -> tuple[Model, ...]:
     """Models whose measurement is complete with this artifact."""
+    segmenter = project.segment.architectures[0]
     if stage == "compare":
         instrument: Any = ((("segment_source", None), ("task", "segment")), (("sample_stage1", None), ("sample",)))
-        return (Model("image-flow", ("image_flow", None), "", "stage1", tuple(project.targets), instrument),)
+        return (Model("image-flow", ("image_flow", None), "", "stage1", segmenter, tuple(project.targets), instrument),)
     if stage == "evaluate" and key:
         trained = ("segment_target", key)
         instrument = ((trained, ("task", "segment", f"targets.{key}.synthetic_share")), (("sample_aligned", key), ("sample",)))
-        return (Model(f"aligned-{key}", ("align", key), "", "aligned", (key,), instrument),
-                Model(f"segmenter-{key}", trained, "aligned+filtered", "aligned+filtered", (key,), ((trained, ("task",)),)))
+        return (Model(f"aligned-{key}", ("align", key), "", "aligned", segmenter, (key,), instrument),
+                Model(f"segmenter-{key}", trained, arm_folder(segmenter, "aligned+filtered"), "aligned+filtered", segmenter, (key,),
+                      ((trained, ("task",)),)))
     return ()
 
 
@@ -117,7 +121,7 @@ def measure(root: Path, project: Project, model: Model) -> "pd.DataFrame":
     frames = []
     for target in model.targets:
         table = pd.read_parquet(root / artifact_dir("evaluate", target) / "metrics.parquet")
-        own = table[(table["arm"] == model.arm) & (table["metric"] == "dice")]
+        own = table[(table["arm"] == model.arm) & (table["segmenter"] == model.segmenter) & (table["metric"] == "dice")]
         dice = own.groupby("case_id").agg(dice=("value", "mean"), group=("group", "first"))
         domain = project.targets[target].domain
         pixels = _pixel_hashes(root / artifact_dir("data", domain))
@@ -193,13 +197,13 @@ def _of_one_piece(root: Path, project: Project, node: NodeName) -> bool:
 
 
 def _instrument(root: Path, model: Model) -> str:
-    """Hash of the settings that a measurement depends on; which arms were trained beside is none of them."""
-    used: dict[str, Any] = {"arm": model.arm}
+    """Hash of the settings that a measurement depends on; which arms and architectures were trained beside is none of them."""
+    used: dict[str, Any] = {"arm": model.arm, "segmenter": model.segmenter}
     for node, sections in model.instrument:
         params = read_json(provenance_file(root, *node))["params"]
         used |= {name: params[name] for name in sections}
     if "segment" in used:
-        used["segment"] = {name: value for name, value in used["segment"].items() if name != "arms"}
+        used["segment"] = {name: value for name, value in used["segment"].items() if name not in ("arms", "architectures")}
     return json_hash(used)[:12]
 
 

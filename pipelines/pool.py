@@ -1,4 +1,4 @@
-"""``alignflow pool``: runs that differ in their seed, as one table per target.
+"""``alignflow pool``: runs that differ in their seed, as one table per target and segmenter architecture.
 
 A trained network is a draw. Values are averaged per image over generator and segmenter seeds before intervals are taken over images (or patients);
 how much the seeds themselves turn stands beside them, as the deviation of an arm's mean from seed to seed.
@@ -53,26 +53,29 @@ def _refuse_other_images(values: pd.DataFrame) -> None:
 
 def _tables(values: pd.DataFrame, settings: object) -> list[str]:
     table = compare(values, settings, seed=0)  # type: ignore[arg-type]
-    gap = gap_closed(table).query("metric == 'dice'").set_index(["target", "arm"])["gap_closed"]
-    per_seed = values[values["metric"] == "dice"].groupby(["target", "arm", "generator_seed", "segmenter_seed"])["value"].mean()
+    gap = gap_closed(table).query("metric == 'dice'").set_index(["target", "segmenter", "arm"])["gap_closed"]
+    per_seed = values[values["metric"] == "dice"].groupby(["target", "segmenter", "arm", "generator_seed", "segmenter_seed"])["value"].mean()
+    several = table["segmenter"].nunique() > 1
     lines = []
-    for target in dict.fromkeys(table["target"]):
-        dice = table[(table["target"] == target) & (table["metric"] == "dice")]
-        means = table[table["target"] == target].drop_duplicates(["arm", "metric"]).pivot(index="arm", columns="metric", values="mean")
-        own = values[values["target"] == target]
+    for names, part in table.groupby(["target", "segmenter"], sort=False):
+        target, segmenter = map(str, names)
+        dice = part[part["metric"] == "dice"]
+        means = part.drop_duplicates(["arm", "metric"]).pivot(index="arm", columns="metric", values="mean")
+        own = values[(values["target"] == target) & (values["segmenter"] == segmenter)]
         baselines = list(dict.fromkeys(dice["baseline"]))
         counts = [own[f"{kind}_seed"].nunique() for kind in ("generator", "segmenter")]
         versus_all = " | ".join(f"minus `{name}` [95 %]" for name in baselines)
-        lines += [f"**{target}**: {dice['n'].iloc[0]} test units, {counts[0]} generator × {counts[1]} segmenter seeds", "",
+        name = f"{target}, {segmenter}" if several else target
+        lines += [f"**{name}**: {dice['n'].iloc[0]} test units, {counts[0]} generator × {counts[1]} segmenter seeds", "",
                   f"| arm | Dice [95 %] | ± over seeds | IoU | HD95 px | {versus_all} | gap closed |",
                   "|---" * (6 + len(baselines)) + "|"]
         for arm in dict.fromkeys(dice["arm"]):
             rows = dice[dice["arm"] == arm].set_index("baseline")
             one = rows.iloc[0]
-            seeds = per_seed[target, arm]
+            seeds = per_seed[target, segmenter, arm]
             versus = [f"{r['difference']:+.3f} [{r['diff_ci_low']:+.3f}, {r['diff_ci_high']:+.3f}]" if name in rows.index
                       and pd.notna((r := rows.loc[name])["difference"]) else "" for name in baselines]
-            share = gap.get((target, arm), float("nan"))
+            share = gap.get((target, segmenter, arm), float("nan"))
             cells = [arm, f"{one['mean']:.3f} [{one['ci_low']:.3f}, {one['ci_high']:.3f}]", f"{seeds.std():.3f}", f"{means.loc[arm, 'iou']:.3f}",
                      f"{means.loc[arm, 'hd95']:.1f}", *versus, "" if pd.isna(share) else f"{100 * share:.0f} %"]
             lines.append(f"| {' | '.join(cells)} |")

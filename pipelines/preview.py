@@ -69,7 +69,8 @@ def _particulars(root: Path, stage: str, key: str | None, folder: Path) -> dict[
         rounds = pd.DataFrame(read_json(folder / "verdict.json")["rounds"])
         return {"rounds": _table(rounds.assign(refused=rounds["refused"].map(", ".join)))}
     if stage == "evaluate" and (folder / "metrics.parquet").exists():
-        means = _read(folder / "metrics.parquet").pivot_table(index="arm", columns="metric", values="value", aggfunc="mean", sort=False)
+        values = _read(folder / "metrics.parquet")
+        means = values.pivot_table(index=["segmenter", "arm"], columns="metric", values="value", aggfunc="mean", sort=False)
         return {"arms": _table(means.round(4).reset_index())}
     if stage == "report" and (folder / "index.html").exists():
         return {"page": dg.MetadataValue.path(str(folder / "index.html"))}

@@ -3,8 +3,8 @@
 Metrics and curves are read from the artifact, which is their spool: nothing is lost while the tracker is gone.
 No image and no name of a case goes in; the report, which shows references, stays a file on this machine.
 
-A comparison is the parent of one small run per target and arm. The evaluations themselves stay on their own: a run of MLflow has one parent,
-and an evaluation that nothing has changed is part of every later comparison too.
+A comparison is the parent of one small run per target, segmenter and arm. The evaluations themselves stay on their own: a run of MLflow
+has one parent, and an evaluation that nothing has changed is part of every later comparison too.
 """
 
 import base64
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignflow_core.artifact import file_hash, read_json
 from alignflow_core.config import ARMS, COLOUR, SHARED_ARMS, Project, in_order, load_project
+from alignflow_core.networks.registry import prefix
 from alignflow_core.runner import provenance_file
 from alignflow_core.stages import STAGES, artifact_dir, node_id
 from pipelines import models
@@ -226,6 +227,7 @@ def _figures(folder: Path, project: Project, stage: str) -> dict[str, str]:
     from alignflow_core import figures
 
     table = pd.read_parquet(folder / "comparison.parquet").query("metric == 'dice'")
+    table = table[table["segmenter"] == table["segmenter"].iloc[0]]  # as in the report
     bases = [name for name, target in project.targets.items() if target.variant_of is None]
     ablations = {base: _ablation(table, project, base) for base in bases}
     return {"dice": figures.forest(table.drop_duplicates(["target", "arm"]), bases, "Dice, mean over held-out test images"),
@@ -244,7 +246,7 @@ def _ablation(table: "pd.DataFrame", project: Project, base: str) -> list[dict[s
 
 
 def _log_arms(store: "MlflowClient", experiment: str, parent: str, root: Path, project: Project, provenance: Mapping[str, Any]) -> None:
-    """One run per target and arm below the comparison: what a chart of ablations takes for a line.
+    """One run per target, segmenter and arm below the comparison: what a chart of ablations takes for a line.
 
     Params are the settings of the target, under names that all targets share; arms that a variant has in common with its base are left out.
     """
@@ -253,20 +255,21 @@ def _log_arms(store: "MlflowClient", experiment: str, parent: str, root: Path, p
 
     folder, now = root / artifact_dir("compare", None), int(time.time() * 1000)
     table, numbers = pd.read_parquet(folder / "comparison.parquet"), read_json(folder / "metrics.json")
-    for names, rows in table.groupby(["target", "arm"], sort=False):
-        target, arm = map(str, names)
+    first = str(table["segmenter"].iloc[0])
+    for names, rows in table.groupby(["target", "segmenter", "arm"], sort=False):
+        target, segmenter, arm = map(str, names)
         if project.targets[target].variant_of and (arm in SHARED_ARMS or arm.removesuffix(COLOUR) in project.comparators):
             continue
-        axes = _axes(root, project, "evaluate", target) | {"arm": arm}
+        axes = _axes(root, project, "evaluate", target) | {"arm": arm, "segmenter": segmenter}
         tags = axes | {PARENT: parent, "kind": "arm", "evaluation": provenance["inputs"][f"evaluate:{target}"], "profile": provenance["profile"]}
-        gap = f"gap_closed_{target}_{_plain(arm)}"
+        gap = f"{prefix(segmenter, first)}gap_closed_{target}_{_plain(arm)}"
         metrics = _arm_numbers(rows) | ({"gap_closed": numbers[gap]} if gap in numbers else {})
-        run_id = store.create_run(experiment, now, tags, f"{target} {arm}").info.run_id
+        run_id = store.create_run(experiment, now, tags, f"{target} {prefix(segmenter, first)}{arm}").info.run_id
         store.log_batch(run_id, [Metric(name, value, now, 0) for name, value in metrics.items()],
                         [Param(*each) for each in (dict(_flat(dataclasses.asdict(project.targets[target]))) | axes).items()])
         store.set_terminated(run_id, "FINISHED", now)
     store.set_tag(parent, NOTE, f"Targets and arms of this comparison alone: filter by ``tags.`{PARENT}` = '{parent}'`` "
-                                "and choose the arm with ``and tags.arm = 'aligned+filtered'``.")
+                                "and choose the arm with ``and tags.arm = 'aligned+filtered'``, the segmenter with ``and tags.segmenter = 'unet'``.")
 
 
 def _arm_numbers(rows: "pd.DataFrame") -> dict[str, float]:
@@ -284,7 +287,7 @@ def compare_table(root: Path, metric: str = "dice") -> str:
 
     Args:
         root: project root.
-        metric: as in ``comparison.parquet``: ``dice``, ``iou`` …
+        metric: as in ``comparison.parquet``: ``dice``, ``iou`` … of the first segmenter, ``segformer/dice`` of another.
 
     Raises:
         InputError: nothing is recorded, or no such metric.
@@ -330,5 +333,7 @@ def _intervals(store: "MlflowClient", experiments: list[str], metric: str) -> di
     datasets = [each.dataset for each in (runs[0].inputs.dataset_inputs if runs[0].inputs else [])]
     read = {each.name.partition("@")[2]: json.loads(each.source).get("content", each.digest)[:DIGEST_LENGTH] for each in datasets}
     table = json.loads(Path(store.download_artifacts(runs[0].info.run_id, "comparison.json")).read_text(encoding="utf-8"))
-    rows = (dict(zip(table["columns"], row, strict=True)) for row in table["data"])
-    return {(read[row["target"]], row["target"], row["arm"]): (row["mean"], row["ci_low"], row["ci_high"]) for row in rows if row["metric"] == metric}
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    first = rows[0]["segmenter"] if rows else ""
+    return {(read[row["target"]], row["target"], row["arm"]): (row["mean"], row["ci_low"], row["ci_high"]) for row in rows
+            if prefix(row["segmenter"], first) + row["metric"] == metric}

@@ -8,15 +8,16 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from alignflow_core import compare, evaluate, report
 from alignflow_core.artifact import tree_hash, write_json
 from alignflow_core.config import Align, Evaluate, Machine, References, Report, SegmenterNetwork, Target, Task
 from alignflow_core.errors import InputError
+from alignflow_core.networks.registry import arm_folder
 from alignflow_core.networks.segmenters import build_segmenter, save_segmenter
 from alignflow_core.pairs import Pairs, write_pairs
 from alignflow_core.runner import Context
+from alignflow_core.segmenter_fit import COLUMNS
 from alignflow_core.stages import source_files
 
 TASK = Task(name="fundus", kind="refuge", classes=("disc", "cup"), nested=True)
@@ -47,16 +48,19 @@ def write(folder: Path, images: np.ndarray, masks: np.ndarray | None, **columns:
     write_pairs(folder, Pairs(images, masks, tuple(table.iloc[:, 0]), table))
 
 
+SEGMENTERS = ("unet", "segformer")
+
+
 def write_segmenters(folder: Path, arms: tuple[str, ...], seeds: int = 2) -> None:
     rows = []
-    for arm in arms:
-        for seed in range(seeds):
-            torch.manual_seed(seed)
-            model = build_segmenter(2, SegmenterNetwork((8, 16)), seed)
-            save_segmenter(folder / arm / f"seed{seed}", model.state_dict(), 2, SegmenterNetwork((8, 16)), TASK, arm=arm)
-            rows.append((arm, seed, f"{arm}/seed{seed}", 0.5, 10, 40, 0))
-    columns = ["arm", "segmenter_seed", "folder", "val_dice", "steps", "n_real", "n_synthetic"]
-    pd.DataFrame(rows, columns=columns).to_parquet(folder / "segmenters.parquet")
+    for name in SEGMENTERS:
+        for arm in arms:
+            for seed in range(seeds):
+                network = SegmenterNetwork((8, 16), architecture=name)
+                where = f"{arm_folder(name, arm)}/seed{seed}"
+                save_segmenter(folder / where, build_segmenter(2, network, seed).state_dict(), 2, network, TASK, arm=arm)
+                rows.append((name, arm, seed, where, 0.5, 10, 40, 0, 1000))
+    pd.DataFrame(rows, columns=list(COLUMNS)).to_parquet(folder / "segmenters.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +144,11 @@ def compared(project: Path, evaluated: Path) -> Path:
     return build(project, "compare", compare.run, None, {"evaluate:amber": "evaluate/amber"})
 
 
-def test_evaluate_writes_a_value_per_image_class_arm_and_seed(evaluated: Path):
+def test_evaluate_writes_a_value_per_image_class_segmenter_arm_and_seed(evaluated: Path):
     table = pd.read_parquet(evaluated / "metrics.parquet")
-    assert list(table.columns) == ["target", "arm", "generator_seed", "segmenter_seed", "case_id", "group", "class", "metric", "value"]
+    assert list(table.columns) == ["target", "arm", "generator_seed", "segmenter", "segmenter_seed", "case_id", "group", "class", "metric", "value"]
     dice = table[table["metric"] == "dice"]
-    assert len(dice) == 16 * 2 * 5 * 2 and dice["value"].between(0, 1).all()
+    assert len(dice) == 16 * 2 * 5 * 2 * 2 and dice["value"].between(0, 1).all()
     assert set(table["metric"]) == {"dice", "iou", "hd95", "cdr_error"}
     assert set(table.loc[table["metric"] == "cdr_error", "class"]) == {"cup"}
 
@@ -179,7 +183,7 @@ def test_evaluate_finds_the_planted_copy(evaluated: Path):
 
 def test_evaluate_numbers_are_fit_for_a_tracker(evaluated: Path):
     numbers = pd.read_json(evaluated / "metrics.json", typ="series")
-    assert {"dice_aligned_plus_filtered", "iou_source", "obey_ratio", "obey_real_disc", "kid_aligned"} <= set(numbers.index)
+    assert {"dice_aligned_plus_filtered", "iou_source", "segformer/dice_source", "obey_ratio", "obey_real_disc", "kid_aligned"} <= set(numbers.index)
     assert all(re.fullmatch(r"[\w\-. /]+", name) for name in numbers.index) and np.isfinite(numbers).all()
 
 
@@ -187,19 +191,20 @@ def test_compare_has_the_contract(compared: Path):
     table = pd.read_parquet(compared / "comparison.parquet")
     assert list(table.columns) == compare.COLUMNS
     assert set(table["n"]) == {8}  # patients, not images
-    assert len(table) == 4 * 2 * 5  # metrics x baselines x arms
+    assert len(table) == 4 * 2 * 5 * 2  # metrics x baselines x arms x segmenters
+    assert table["segmenter"].drop_duplicates().tolist() == list(SEGMENTERS)
     own = table[table["arm"] == table["baseline"]]
     assert own["difference"].isna().all() and own["mean"].notna().all()
     assert len(pd.read_csv(compared / "comparison.csv")) == len(table)
     assert set(pd.read_parquet(compared / "per_class.parquet")["class"]) == {"disc", "cup"}
 
 
-def long_table(arms: dict[str, np.ndarray]) -> pd.DataFrame:
+def long_table(arms: dict[str, np.ndarray], segmenter: str = "unet") -> pd.DataFrame:
     frames = []
     for arm, values in arms.items():
         ids = [f"c{i:03d}" for i in range(len(values))]
-        frames += [pd.DataFrame({"target": "t", "arm": arm, "segmenter_seed": seed, "case_id": ids, "group": ids, "class": "x", "metric": "dice",
-                                 "value": values + (seed - 0.5) * 0.1}) for seed in (0, 1)]
+        frames += [pd.DataFrame({"target": "t", "arm": arm, "segmenter": segmenter, "segmenter_seed": seed, "case_id": ids, "group": ids,
+                                 "class": "x", "metric": "dice", "value": values + (seed - 0.5) * 0.1}) for seed in (0, 1)]
     return pd.concat(frames)
 
 
@@ -215,6 +220,35 @@ def test_compare_known_difference_and_gap():
     assert gap[["source", "aligned", "oracle"]].tolist() == pytest.approx([0, 0.5, 1], abs=0.02)
     again = compare.compare(long_table({"source": base, "aligned": base}), Evaluate(bootstrap=50), 0).set_index(["arm", "baseline"])
     assert again.loc[("aligned", "source"), "p_value"] == 1.0 and again.loc[("aligned", "source"), "diff_ci_high"] == 0.0
+
+
+def test_each_segmenter_is_compared_by_itself():
+    rng = np.random.default_rng(1)
+    base = rng.uniform(0.3, 0.5, 30)
+    arms = {"source": base, "aligned": base + 0.2 + rng.normal(0, 0.02, 30), "oracle": base + 0.4}
+    alone = compare.compare(long_table(arms), Evaluate(bootstrap=200), 0)
+    other = long_table({name: 0.5 * values for name, values in arms.items()}, "dpt")
+    both = compare.compare(pd.concat([long_table(arms), other]), Evaluate(bootstrap=200), 0)
+    pd.testing.assert_frame_equal(both[both["segmenter"] == "unet"].reset_index(drop=True), alone)
+    halved = both[both["segmenter"] == "dpt"].set_index(["arm", "baseline"]).loc[("aligned", "source")]
+    assert halved["difference"] == pytest.approx(0.1, abs=0.01)
+    gap = compare.gap_closed(both).set_index(["segmenter", "arm"])["gap_closed"]
+    assert gap["unet", "aligned"] == pytest.approx(gap["dpt", "aligned"])
+
+
+def test_report_has_every_segmenter_and_their_mean(project: Path, compared: Path):
+    table = pd.read_parquet(compared / "comparison.parquet")
+    (block,) = report._by_segmenter(table, ["amber"])
+    assert list(block["groups"]) == [*SEGMENTERS, "mean"]
+    by_arm = {name: dict(rows) for name, rows in block["groups"].items()}
+    for arm in (*SHARED, *OWN):
+        dice = [by_arm[name][arm][0] for name in SEGMENTERS]
+        assert by_arm["mean"][arm][0] == pytest.approx(sum(dice) / 2) and dice[0] != dice[1]
+    assert report._by_segmenter(table[table["segmenter"] == "unet"], ["amber"]) == []
+    page = (build(project, "report", report.run, None, REPORT_INPUTS) / "index.html").read_text()
+    assert "By segmenter" in page and "architectures unet, segformer" in page
+    dice = table.query("segmenter == 'unet' and arm == 'aligned' and metric == 'dice'")["mean"].iloc[0]
+    assert f">{dice:.3f}<" in page.partition("By segmenter")[0], "the main tables are about the first"
 
 
 def test_compare_without_any_baseline_says_so():
@@ -237,7 +271,7 @@ def test_report_is_one_self_contained_page(project: Path, compared: Path):
 
 
 def test_ablations_say_what_was_changed_and_by_how_much(project: Path, compared: Path):
-    comparison = pd.read_parquet(compared / "comparison.parquet")
+    comparison = pd.read_parquet(compared / "comparison.parquet").query("segmenter == 'unet'")
     base = comparison[comparison["target"] == "amber"]
     lower = base.assign(target="amber-skl", mean=base["mean"] - 0.1, difference=base["difference"] - 0.1)
     targets = {"amber": Target("amber"), "amber-skl": Target("amber", References(count=5), Align(reward="skl"), variant_of="amber")}

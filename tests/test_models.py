@@ -9,7 +9,7 @@ import pytest
 from toy_project import copied
 
 from alignflow_core.artifact import file_hash, read_json, write_json
-from alignflow_core.config import load_project
+from alignflow_core.config import build_project, load_project
 from alignflow_core.runner import provenance_file
 from alignflow_core.stages import artifact_dir
 from pipelines import models, tracking
@@ -47,10 +47,10 @@ def give_images(root: Path, domain: str, seed: int) -> None:
 
 def give_values(root: Path, target: str, gain: np.ndarray, hd95: float = 3.0) -> None:
     """``metrics.parquet``: two classes and two segmenter seeds, whose mean Dice is ``.5 + gain`` for every arm."""
-    rows = [(arm, seed, f"{target}{i}", f"Doe {i // 2}", name, "dice", 0.5 + gain[i] + shift)
+    rows = [(arm, "unet", seed, f"{target}{i}", f"Doe {i // 2}", name, "dice", 0.5 + gain[i] + shift)
             for arm in ARMS for seed in (0, 1) for i in range(N) for name, shift in (("cup", -0.1), ("disc", 0.1))]
-    rows += [("aligned", 0, f"{target}0", "Doe 0", "cup", "hd95", hd95)]
-    pd.DataFrame(rows, columns=["arm", "segmenter_seed", "case_id", "group", "class", "metric", "value"]).to_parquet(
+    rows += [("aligned", "unet", 0, f"{target}0", "Doe 0", "cup", "hd95", hd95)]
+    pd.DataFrame(rows, columns=["arm", "segmenter", "segmenter_seed", "case_id", "group", "class", "metric", "value"]).to_parquet(
         root / artifact_dir("evaluate", target) / "metrics.parquet")
 
 
@@ -209,3 +209,10 @@ def test_real_networks_come_back_from_the_registry(smoke_root: Path) -> None:
     figures = {file.name for file in (smoke_root / "mlruns").rglob("*.svg")}
     assert figures == {"dice.svg", "gates.svg"}
     assert not [file for file in (smoke_root / "mlruns").rglob("*") if file.suffix in (".npy", ".png", ".jpg", ".html")]
+
+
+def test_the_first_architecture_measures() -> None:
+    raw = {"source": "a", "domains": {"a": {"dir": "a"}, "b": {"dir": "b"}}, "targets": {"b": {"domain": "b"}}}
+    for architectures, folder in ((["unet", "dpt"], "aligned+filtered"), (["dpt", "unet"], "dpt/aligned+filtered")):
+        painter, segmenter = models.measured_by(build_project(raw | {"segment": {"architectures": architectures}}), "evaluate", "b")
+        assert segmenter.folder == folder and {painter.segmenter, segmenter.segmenter} == {architectures[0]}

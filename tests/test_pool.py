@@ -12,15 +12,16 @@ from pipelines.compose import write_params
 ARMS = {"source": 0.5, "stage1": 0.6, "fourier": 0.7, "aligned": 0.8, "oracle": 0.9}
 
 
-def finished(root: Path, seed: int, shift: float, cases: int = 30) -> Path:
+def finished(root: Path, seed: int, shift: float, cases: int = 30, segmenters: tuple[str, ...] = ("unet",)) -> Path:
     """A run whose arms have known means; ``shift`` is what this seed adds to every value."""
     write_params(root / "params.yaml", ["profile=smoke", f"seed={seed}"])
     rng = np.random.default_rng(0)
     ease = rng.normal(0, 0.02, cases)
-    rows = [(target, arm, seed, k, f"case{i}", f"case{i}", "disc", metric, mean + ease[i] + shift)
-            for target in ("amber", "violet") for arm, mean in ARMS.items() for k in range(2) for i in range(cases)
-            for metric in ("dice", "iou", "hd95")]
-    table = pd.DataFrame(rows, columns=["target", "arm", "generator_seed", "segmenter_seed", "case_id", "group", "class", "metric", "value"])
+    rows = [(target, arm, seed, name, k, f"case{i}", f"case{i}", "disc", metric, (mean + ease[i] + shift) / (1 + number))
+            for number, name in enumerate(segmenters) for target in ("amber", "violet") for arm, mean in ARMS.items()
+            for k in range(2) for i in range(cases) for metric in ("dice", "iou", "hd95")]
+    table = pd.DataFrame(rows, columns=["target", "arm", "generator_seed", "segmenter", "segmenter_seed", "case_id", "group", "class", "metric",
+                                        "value"])
     for target, part in table.groupby("target"):
         folder = root / "artifacts" / "evaluate" / str(target)
         folder.mkdir(parents=True)
@@ -38,6 +39,16 @@ def test_means_differences_and_seeds(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert float(cells[1].split()[0]) == pytest.approx(0.8, abs=0.01)
     assert float(cells[2]) == pytest.approx(np.std([-0.03, -0.03, 0, 0, 0.03, 0.03], ddof=1), abs=1e-3)
     assert [cell.split()[0] for cell in cells[5:8]] == ["+0.300", "+0.200", "+0.100"] and cells[8] == "75 %"
+
+
+def test_a_table_per_segmenter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [finished(tmp_path / str(seed), seed, 0.0, segmenters=("unet", "dpt")) for seed in (0, 1)]
+    assert main(["pool", *map(str, runs)]) == 0
+    told = capsys.readouterr().out
+    assert [line.split("**")[1] for line in told.splitlines() if line.startswith("**")] == [
+        "amber, unet", "amber, dpt", "violet, unet", "violet, dpt"]
+    means = [float(line.split("|")[2].split()[0]) for line in told.splitlines() if line.startswith("| aligned ")]
+    assert means[1] == pytest.approx(means[0] / 2, abs=1e-3)
 
 
 def test_what_cannot_be_pooled_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

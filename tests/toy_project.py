@@ -15,9 +15,8 @@ import pytest
 import yaml
 
 REPOSITORY = Path(__file__).parents[1]
-PLUMBING = ("__init__", "__main__", "artifact", "config", "distributed", "errors", "registry", "reward/__init__", "reward/registry",
-            "painters/__init__", "painters/registry", "runner", "stages", "usage",
-            "validation")
+PLUMBING = ("__init__", "__main__", "artifact", "config", "distributed", "errors", "registry", "networks/__init__", "networks/registry",
+            "reward/__init__", "reward/registry", "painters/__init__", "painters/registry", "runner", "stages", "usage", "validation")
 MODULES = ("data", "mask_flow", "image_flow", "sample", "segment", "labeller", "comparator", "align", "reward/distances", "reward/statconv",
            "filtering", "evaluate", "compare", "report")
 TARGETS = ("amber", "dim")
@@ -75,9 +74,9 @@ def build(config, inputs, out_dir, context):
         pd.DataFrame({"pair_id": ["p"], "kept": True, "bank": "references", "flagged": False}).to_parquet(out_dir / "copying.parquet")
         return {"dice_source": 0.5, "dice_aligned": 0.75, "copy_chance_limit_references": 1.0}
     if stage == "compare":
-        rows = [(name.partition(":")[2], arm, "source", "dice", 9, mean, mean - .1, mean + .1, difference, difference - .1, difference + .1)
+        rows = [(name.partition(":")[2], "unet", arm, "source", "dice", 9, mean, mean - .1, mean + .1, difference, difference - .1, difference + .1)
                 for name in inputs for arm, mean, difference in (("source", .5, np.nan), ("aligned", .75, .25))]
-        table = pd.DataFrame(rows, columns=["target", "arm", "baseline", "metric", "n", "mean", "ci_low", "ci_high",
+        table = pd.DataFrame(rows, columns=["target", "segmenter", "arm", "baseline", "metric", "n", "mean", "ci_low", "ci_high",
                                             "difference", "diff_ci_low", "diff_ci_high"])
         table.to_parquet(out_dir / "comparison.parquet", index=False)
         table.to_csv(out_dir / "comparison.csv", index=False)
@@ -95,7 +94,8 @@ def raw_folders(config):
 def write_project(root: Path, targets: tuple[str, ...] = TARGETS) -> Path:
     """A toy project with these targets in ``root``, without DVC."""
     core = root / "alignflow_core"
-    (core / "reward").mkdir(parents=True)
+    for package in ("networks", "reward"):
+        (core / package).mkdir(parents=True)
     for module in PLUMBING:
         shutil.copyfile(REPOSITORY / "alignflow_core" / f"{module}.py", core / f"{module}.py")
     for module in MODULES:

@@ -1,4 +1,4 @@
-"""Downstream segmenters: MONAI's residual U-Net on images, one output channel per class region."""
+"""Downstream segmenters: images in, one output channel per class region; architectures are those of ``networks/registry.py``."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,19 +12,30 @@ from torch import Tensor, nn
 from alignflow_core.checkpoint import load_network, save_network
 from alignflow_core.config import SegmenterNetwork, Task
 from alignflow_core.masks import from_regions, regions
+from alignflow_core.networks.registry import ARCHITECTURES
+from alignflow_core.networks.transformer import read_layout
 from alignflow_core.pairs import to_unit
+from alignflow_core.registry import load
 
 Batch = tuple[np.ndarray, np.ndarray]
 
 
-def build_segmenter(n_classes: int, network: SegmenterNetwork, seed: int) -> nn.Module:
-    """U-Net [B, 3, H, W] -> region logits [B, C, H, W]; the same seed gives the same weights."""
-    from monai.networks.nets import UNet
+def build_segmenter(n_classes: int, network: SegmenterNetwork, seed: int, layout: dict[str, Any] | None = None) -> nn.Module:
+    """Network of ``network.architecture``, [B, 3, H, W] in [-1, 1] -> region logits [B, C, H, W]; the same seed gives the same weights.
 
+    Args:
+        layout: what ``config.json`` of its pretrained weights said, for a stored segmenter: the weights' folder is then not needed.
+    """
+    builder = load({name: architecture.build for name, architecture in ARCHITECTURES.items()}, network.architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return UNet(spatial_dims=2, in_channels=3, out_channels=n_classes, channels=network.channels,
-                    strides=(2,) * (len(network.channels) - 1), num_res_units=1, norm=network.norm)
+        model: nn.Module = builder(n_classes, network, layout)
+        return model
+
+
+def rooted(network: SegmenterNetwork, root: Path) -> SegmenterNetwork:
+    """The same with folders of weights taken from the project's root."""
+    return dataclasses.replace(network, weights={name: str(root / folder) for name, folder in network.weights.items()})
 
 
 def segmentation_loss(logits: Tensor, truth: Tensor) -> Tensor:
@@ -103,19 +114,23 @@ def mean_dice(predicted: np.ndarray, truth: np.ndarray, task: Task) -> np.ndarra
     return np.where(total > 0, 2 * overlap / np.maximum(total, 1), 1.0).mean(1)
 
 
-def save_segmenter(folder: Path, weights: dict[str, Tensor], n_classes: int, network: SegmenterNetwork, task: Task, **facts: Any) -> None:
-    """Write a segmenter with what is needed to use it elsewhere."""
+def save_segmenter(folder: Path, weights: dict[str, Tensor], n_classes: int, network: SegmenterNetwork, task: Task, root: Path | None = None,
+                   **facts: Any) -> None:
+    """Write a segmenter with what is needed to use it elsewhere; ``root`` is where folders of pretrained weights are relative to."""
+    kind = network.architecture
+    if kind in network.weights:
+        facts["layout"] = read_layout(kind, (root or Path()) / network.weights[kind])
     save_network(folder, weights, {"n_classes": n_classes, "network": dataclasses.asdict(network), "task": dataclasses.asdict(task), **facts})
 
 
 def stored_network(config: dict[str, Any]) -> SegmenterNetwork:
     """The architecture that a checkpoint's ``config.json`` names."""
-    return SegmenterNetwork(tuple(config["network"]["channels"]), config["network"]["norm"])
+    return SegmenterNetwork(**{**config["network"], "channels": tuple(config["network"]["channels"])})
 
 
 def load_segmenter(folder: Path, device: torch.device) -> nn.Module:
     """The segmenter of a checkpoint folder, on its device, in evaluation mode."""
     weights, config = load_network(folder)
-    model = build_segmenter(config["n_classes"], stored_network(config), seed=0)
+    model = build_segmenter(config["n_classes"], stored_network(config), seed=0, layout=config.get("layout"))
     model.load_state_dict(weights)
     return model.to(device).eval()

@@ -1,0 +1,87 @@
+"""``alignflow paper``: one command, every table and figure with every method, no empty cell."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from alignflow_core.config import Evaluate
+from alignflow_core.paper import MEAN, downstream_page, mean_of_targets
+from pipelines.cli import main
+from pipelines.paper import RIVALS, with_rivals
+
+PAINTERS = {"t2i-adapter", "controlnet-diffusion", "controlnet-flow", "siamese-diffusion"}
+
+
+def long_table(means: dict[str, dict[str, float]], n: int = 40) -> pd.DataFrame:
+    """Values of arms by target, each image with its own level that all arms share."""
+    rows = []
+    for number, (target, arms) in enumerate(means.items()):
+        level = np.random.default_rng(number).normal(0, 0.05, n)
+        rows += [(target, arm, f"{target}{i}", f"{target}{i}", mean + level[i]) for arm, mean in arms.items() for i in range(n)]
+    table = pd.DataFrame(rows, columns=["target", "arm", "case_id", "group", "value"])
+    return table.assign(segmenter="unet", metric="iou", generator_seed=0, segmenter_seed=0, **{"class": "disc"})
+
+
+def test_mean_of_targets_weighs_targets_alike_and_pairs_images() -> None:
+    values = pd.concat([long_table({"a": {"source": 0.5, "ours": 0.7}}, n=10), long_table({"b": {"source": 0.6, "ours": 0.6}}, n=90)])
+    table = mean_of_targets(values, ["ours"], Evaluate(bootstrap=400), seed=0).set_index("arm")
+    by_target = values.groupby(["target", "arm"])["value"].mean()
+    assert table.loc["source", "mean"] == pytest.approx((by_target["a", "source"] + by_target["b", "source"]) / 2)
+    assert table.loc["source", "difference"] == pytest.approx(-0.1)
+    assert table.loc["source", "diff_ci_low"] == pytest.approx(-0.1), "every image differs by the same: paired, the interval is a point"
+    assert table.loc["source", "ci_low"] < table.loc["source", "mean"] < table.loc["source", "ci_high"]
+    assert set(table["target"]) == {MEAN}
+
+
+def test_stars_say_whether_the_interval_excludes_0() -> None:
+    row = {"segmenter": "unet", "arm": "source", "target": MEAN, "metric": "iou", "mean": 0.5, "ci_low": 0.4, "ci_high": 0.6, "difference": -0.1,
+           "p_adjusted": np.nan}
+    sure, unsure = (downstream_page(pd.DataFrame([row | {"diff_ci_low": -0.2, "diff_ci_high": high}])).iloc[0, -1] for high in (-0.01, 0.01))
+    assert sure == "0.500 [0.400, 0.600] -0.100*" and unsure == "0.500 [0.400, 0.600] -0.100"
+
+
+def test_rivals_are_variants_and_counts_belong_to_the_first_target() -> None:
+    target = {"domain": "x", "references": {"count": 10, "dir": "refs"}, "align": {"reward": "frechet"}}
+    found = with_rivals({"a": target, "b": target}, {"controlnet-flow": {}}, [1, 10])
+    assert set(found) == {"a", "b", "a-count1", *(f"{name}-{word}" for name in "ab" for word in RIVALS)}
+    assert found["a-count1"]["references"] == {"count": 1, "dir": None}
+    assert found["b-alignprop"]["variant_of"] == "b" and found["b-alignprop"]["align"]["denoise"] == "none"
+    assert "a-controlnet-flow-aligned" not in with_rivals({"a": target}, {}, [])
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--task", "refuge"], "needs data"), (["--task", "phantom", "--counts", "1,x"], "--counts"), (["--task", "phantom", "--seeds", "0"], "--seeds"),
+    (["--task", "phantom", "--source", "a", "--target", "b=c"], "neither goes"),
+])
+def test_wrong_use_is_told(arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["paper", *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.nightly
+def test_paper_on_the_phantom(tmp_path: Path) -> None:
+    """Profile smoke: its numbers mean nothing, its tables are whole."""
+    out = tmp_path / "paper"
+    command = ["paper", "--task", "phantom", "--out", str(out), "--counts", "2", "--quiet", "profile=smoke"]
+    assert main(command) == 0
+    downstream = pd.read_csv(out / "paper/downstream.csv")
+    methods = PAINTERS | set(RIVALS) | {"source", "stage1", "reinhard", "fourier", "aligned", "aligned+filtered", "references-labelled", "oracle"}
+    for target in ("amber", "violet", MEAN):
+        for segmenter in ("unet", "segformer", "dpt"):
+            own = downstream[(downstream["target"] == target) & (downstream["segmenter"] == segmenter)]
+            assert methods <= set(own["arm"]) and {f"{name}+colour" for name in PAINTERS | set(RIVALS)} <= set(own["arm"])
+            assert own[["mean", "ci_low", "ci_high"]].notna().all(None)
+    for name in ("images", "paired"):
+        table = pd.read_csv(out / f"paper/{name}.csv")
+        assert PAINTERS | set(RIVALS) | {"stage1", "aligned"} <= set(table["set"])
+    terms = pd.read_csv(out / "paper/terms.csv").set_index("painter")
+    assert terms["images seen, base included"].nunique() == 1
+    assert (terms["parameters of the trunk"] / terms.loc["stage1", "parameters of the trunk"] - 1).abs().max() <= 0.1
+    assert set(pd.read_csv(out / "paper/references.csv")["n_references"]) == {2, 6}
+    page = (out / "paper/index.html").read_text(encoding="utf-8")
+    assert not re.search(r"<td>\s*(nan|NaN)?\s*</td>", page), "no empty cell"
+    assert page.count("data:image/svg") == 4 and len(list((out / "paper").glob("*.tex"))) == 5
