@@ -13,17 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-from alignflow_core.config import in_order
-from alignflow_core.errors import InputError
-from alignflow_core.metrics.statistics import bca_intervals, group_means, holm, signed_rank_p
+from alignflow_core.metrics.comparison import compare, gap_closed
 from alignflow_core.networks.registry import prefix
 from alignflow_core.runner import Context
-from alignflow_core.seeding import derive_seed
-
-COLUMNS = ["target", "segmenter", "arm", "baseline", "metric", "n", "mean", "ci_low", "ci_high",
-           "difference", "diff_ci_low", "diff_ci_high", "p_value", "p_adjusted"]
-
-ERRORS = ("hd95", "cdr_error")  # metrics where lower is better
 
 
 def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, context: Context) -> dict[str, float]:
@@ -53,65 +45,3 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
                 for row in gap[gap["metric"] == "dice"].to_dict("records")}
     numbers = {name.replace("+", "_plus_"): float(value) for name, value in numbers.items() if np.isfinite(value)}
     return numbers | {"interval_level": config.evaluate.level}
-
-
-def compare(values: pd.DataFrame, settings: SimpleNamespace, seed: int) -> pd.DataFrame:
-    """Long per-image values (as ``evaluate`` writes them) -> one row per target, segmenter, arm, baseline and metric.
-
-    Args:
-        settings: ``bootstrap``, ``level``, ``baselines``.
-        seed: of the resampling; targets and metrics draw independently, segmenters alike.
-
-    Raises:
-        InputError: no baseline is among the arms.
-    """
-    if not set(settings.baselines) & set(values["arm"]):
-        raise InputError(f"evaluate.baselines: none of {', '.join(settings.baselines)} was trained; add one to segment.arms")
-    frames = []
-    for target, segmenter, metric in _distinct(values, "target", "segmenter", "metric"):
-        part = values[(values["target"] == target) & (values["segmenter"] == segmenter) & (values["metric"] == metric)]
-        images = part.pivot_table(index=["group", "case_id"], columns="arm", values="value", aggfunc="mean")  # over classes and seeds
-        units = group_means(images.to_numpy(), images.index.get_level_values("group").to_numpy())
-        arms = {arm: units[:, images.columns.get_loc(arm)] for arm in in_order(images.columns)}
-        rng = np.random.Generator(np.random.PCG64(derive_seed(seed, "compare", target, metric)))
-        frames.append(_compare_arms(arms, settings, rng).assign(target=target, segmenter=segmenter, metric=metric))
-    table = pd.concat(frames, ignore_index=True)
-    table["p_adjusted"] = table.groupby(["segmenter", "metric", "baseline"])["p_value"].transform(lambda p: holm(p.to_numpy()))
-    return table[COLUMNS]
-
-
-def _compare_arms(arms: dict[str, np.ndarray], settings: SimpleNamespace, rng: np.random.Generator) -> pd.DataFrame:
-    """Rows of one target and metric; ``arms`` holds one value per unit (patient, sequence or image) in the same order."""
-    pairs = [(arm, baseline) for baseline in settings.baselines if baseline in arms for arm in arms]
-    columns = np.stack([*arms.values(), *(arms[arm] - arms[baseline] for arm, baseline in pairs)], axis=1)
-    low, high = bca_intervals(columns, settings.level, settings.bootstrap, rng)
-    position = {arm: i for i, arm in enumerate(arms)}
-    rows = []
-    for j, (arm, baseline) in enumerate(pairs, start=len(arms)):
-        i, difference = position[arm], columns[:, j]
-        paired = ((np.nan,) * 4 if arm == baseline
-                  else (difference.mean(), low[j], high[j], signed_rank_p(difference)))
-        rows.append((arm, baseline, len(difference), columns[:, i].mean(), low[i], high[i], *paired))
-    return pd.DataFrame(rows, columns=["arm", "baseline", "n", "mean", "ci_low", "ci_high", "difference", "diff_ci_low", "diff_ci_high", "p_value"])
-
-
-def gap_closed(table: pd.DataFrame) -> pd.DataFrame:
-    """(arm - source) / (oracle - source) per target, segmenter, arm and metric; empty where either end is missing, NaN where there is no gap.
-
-    Errors are counted downwards, so that the share reads the same.
-    """
-    rows = []
-    for target, segmenter, metric in _distinct(table, "target", "segmenter", "metric"):
-        part = table[(table["target"] == target) & (table["segmenter"] == segmenter) & (table["metric"] == metric)]
-        arms = part.drop_duplicates("arm").set_index("arm")["mean"]
-        if not {"source", "oracle"} <= set(arms.index):
-            continue
-        better = arms * (-1 if metric in ERRORS else 1)
-        gap = better["oracle"] - better["source"]
-        rows += [(target, segmenter, arm, metric, (value - better["source"]) / gap if gap > 0 else np.nan) for arm, value in better.items()]
-    return pd.DataFrame(rows, columns=["target", "segmenter", "arm", "metric", "gap_closed"])
-
-
-def _distinct(table: pd.DataFrame, *columns: str) -> list[tuple[str, ...]]:
-    """Distinct value tuples in order of appearance."""
-    return list(dict.fromkeys(zip(*(table[column] for column in columns), strict=True)))

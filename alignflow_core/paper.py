@@ -15,9 +15,9 @@ import pandas as pd
 
 from alignflow_core import figures, paper_figures
 from alignflow_core.artifact import read_json
-from alignflow_core.compare import compare
 from alignflow_core.config import COLOUR, Project, in_order, load_project
 from alignflow_core.errors import InputError
+from alignflow_core.metrics.comparison import compare
 from alignflow_core.metrics.statistics import bca_intervals, bootstrap_means, group_means
 from alignflow_core.pairs import read_array, read_pairs
 from alignflow_core.runner import provenance_file

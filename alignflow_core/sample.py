@@ -66,13 +66,15 @@ def run_comparator(config: Any, inputs: dict[str, Path], out_dir: Path, context:
 def run_paired(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
     """Paint masks of the target's held-out pairs with every painter, for image-by-image measures and pictures side by side.
 
+    A variant's other painters are those of its base and are left out.
     Nothing is ever trained on these. Row i of ``<painter>.npy`` stands for row i of ``manifest.parquet``, whose ``case_id`` names the real pair.
     """
     settings: Sample = config.sample
     held_out = read_pairs(inputs["data:target"], "test")
     chosen = np.unique(np.linspace(0, len(held_out) - 1, min(settings.n_paired, len(held_out))).round().astype(int))
     pairs = held_out.select(chosen)
-    painters = {"stage1": "image_flow"} | {name.partition(":")[2]: name for name in inputs if name.startswith("comparator:")} | {"aligned": "align"}
+    others = {"stage1": "image_flow"} | {name.partition(":")[2]: name for name in inputs if name.startswith("comparator:")}
+    painters = ({} if config.variant_of else others) | {"aligned": "align"}
     device = prepare(config.machine)
     for done, (painter, name) in enumerate(painters.items(), start=1):
         model, facts = velocity_unet.load(inputs[name])

@@ -108,7 +108,7 @@ STAGES: dict[str, Stage] = {
               ("seed", "machine", "task", "sample"), (), True, "4_synthesis",
               "Target-like images painted by stage 2 from the synthetic masks."),
         Stage("sample_paired", "paired_images", "target", "sample:run_paired", ("data:target", "image_flow", "comparator:all", "align"),
-              ("seed", "machine", "task", "sample"), (), True, "4_synthesis",
+              ("seed", "machine", "task", "sample", "targets.{key}.variant_of"), (), True, "4_synthesis",
               "Held-out masks of the target painted by every painter, to be compared with their real images; never trained on."),
         Stage("filter", "filtered_pairs", "target", "filtering:run",
               ("sample_aligned", "data:source", "references"), ("seed", "machine", "task", "filter", "segment"), (), True,

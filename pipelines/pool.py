@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from alignflow_core.compare import compare, gap_closed
-from alignflow_core.config import ARMS, COLOUR, load_project
+from alignflow_core.config import ARMS, COLOUR, Evaluate, load_project
 from alignflow_core.errors import InputError
+from alignflow_core.metrics.comparison import compare, gap_closed
 from alignflow_core.validation import nearest
 
 
@@ -51,8 +51,8 @@ def _refuse_other_images(values: pd.DataFrame) -> None:
             raise InputError(f"target {target}: the runs were tested on other images; keep data.seed and the raw folders the same")
 
 
-def _tables(values: pd.DataFrame, settings: object) -> list[str]:
-    table = compare(values, settings, seed=0)  # type: ignore[arg-type]
+def _tables(values: pd.DataFrame, settings: Evaluate) -> list[str]:
+    table = compare(values, settings, seed=0)
     gap = gap_closed(table).query("metric == 'dice'").set_index(["target", "segmenter", "arm"])["gap_closed"]
     per_seed = values[values["metric"] == "dice"].groupby(["target", "segmenter", "arm", "generator_seed", "segmenter_seed"])["value"].mean()
     several = table["segmenter"].nunique() > 1

@@ -13,6 +13,7 @@ from alignflow_core import compare, evaluate, report
 from alignflow_core.artifact import tree_hash, write_json
 from alignflow_core.config import Align, Evaluate, Machine, References, Report, SegmenterNetwork, Target, Task
 from alignflow_core.errors import InputError
+from alignflow_core.metrics import comparison
 from alignflow_core.networks.registry import arm_folder
 from alignflow_core.networks.segmenters import build_segmenter, save_segmenter
 from alignflow_core.pairs import Pairs, write_pairs
@@ -189,7 +190,7 @@ def test_evaluate_numbers_are_fit_for_a_tracker(evaluated: Path):
 
 def test_compare_has_the_contract(compared: Path):
     table = pd.read_parquet(compared / "comparison.parquet")
-    assert list(table.columns) == compare.COLUMNS
+    assert list(table.columns) == comparison.COLUMNS
     assert set(table["n"]) == {8}  # patients, not images
     assert len(table) == 4 * 2 * 5 * 2  # metrics x baselines x arms x segmenters
     assert table["segmenter"].drop_duplicates().tolist() == list(SEGMENTERS)
@@ -212,13 +213,13 @@ def test_compare_known_difference_and_gap():
     rng = np.random.default_rng(0)
     base = rng.uniform(0.3, 0.5, 60)
     arms = {"source": base, "aligned": base + 0.2 + rng.normal(0, 0.02, 60), "oracle": base + 0.4}
-    table = compare.compare(long_table(arms), Evaluate(bootstrap=500), 0)
+    table = comparison.compare(long_table(arms), Evaluate(bootstrap=500), 0)
     row = table.set_index(["arm", "baseline"]).loc[("aligned", "source")]
     assert row["difference"] == pytest.approx(0.2, abs=0.01) and row["diff_ci_low"] > 0.19 and row["diff_ci_high"] < 0.21
     assert row["p_value"] < 1e-6 and row["p_adjusted"] >= row["p_value"]
-    gap = compare.gap_closed(table).set_index("arm")["gap_closed"]
+    gap = comparison.gap_closed(table).set_index("arm")["gap_closed"]
     assert gap[["source", "aligned", "oracle"]].tolist() == pytest.approx([0, 0.5, 1], abs=0.02)
-    again = compare.compare(long_table({"source": base, "aligned": base}), Evaluate(bootstrap=50), 0).set_index(["arm", "baseline"])
+    again = comparison.compare(long_table({"source": base, "aligned": base}), Evaluate(bootstrap=50), 0).set_index(["arm", "baseline"])
     assert again.loc[("aligned", "source"), "p_value"] == 1.0 and again.loc[("aligned", "source"), "diff_ci_high"] == 0.0
 
 
@@ -226,13 +227,13 @@ def test_each_segmenter_is_compared_by_itself():
     rng = np.random.default_rng(1)
     base = rng.uniform(0.3, 0.5, 30)
     arms = {"source": base, "aligned": base + 0.2 + rng.normal(0, 0.02, 30), "oracle": base + 0.4}
-    alone = compare.compare(long_table(arms), Evaluate(bootstrap=200), 0)
+    alone = comparison.compare(long_table(arms), Evaluate(bootstrap=200), 0)
     other = long_table({name: 0.5 * values for name, values in arms.items()}, "dpt")
-    both = compare.compare(pd.concat([long_table(arms), other]), Evaluate(bootstrap=200), 0)
+    both = comparison.compare(pd.concat([long_table(arms), other]), Evaluate(bootstrap=200), 0)
     pd.testing.assert_frame_equal(both[both["segmenter"] == "unet"].reset_index(drop=True), alone)
     halved = both[both["segmenter"] == "dpt"].set_index(["arm", "baseline"]).loc[("aligned", "source")]
     assert halved["difference"] == pytest.approx(0.1, abs=0.01)
-    gap = compare.gap_closed(both).set_index(["segmenter", "arm"])["gap_closed"]
+    gap = comparison.gap_closed(both).set_index(["segmenter", "arm"])["gap_closed"]
     assert gap["unet", "aligned"] == pytest.approx(gap["dpt", "aligned"])
 
 
@@ -253,7 +254,7 @@ def test_report_has_every_segmenter_and_their_mean(project: Path, compared: Path
 
 def test_compare_without_any_baseline_says_so():
     with pytest.raises(InputError, match=r"evaluate\.baselines"):
-        compare.compare(long_table({"aligned": np.ones(8)}), Evaluate(), 0)
+        comparison.compare(long_table({"aligned": np.ones(8)}), Evaluate(), 0)
 
 
 def test_report_is_one_self_contained_page(project: Path, compared: Path):
