@@ -55,6 +55,8 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
         ``obey_ratio``: Dice of the ``source`` segmenter on stage-1 images against their masks over its Dice on real source test images.
     """
     device = prepare(config.machine)
+    if config.variant_of:  # the comparators' arms and images are those of its base
+        inputs = {name: folder for name, folder in inputs.items() if "_comparator:" not in name}
     data = Measured(
         read_pairs(inputs["data:source"]), read_pairs(inputs["data:target"], "test"), read_pairs(inputs["references"]),
         read_pairs(inputs["sample_stage1"]), read_pairs(inputs["sample_aligned"]),

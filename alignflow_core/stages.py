@@ -120,7 +120,7 @@ STAGES: dict[str, Stage] = {
         Stage("evaluate", "metrics", "target", "evaluate:run",
               ("data:source", "data:target", "references", "sample_stage1", "sample_aligned", "filter",
                "segment_source", "segment_target", "sample_comparator:all", "segment_comparator:all", "sample_paired"),
-              ("seed", "machine", "task", "evaluate"), (), True, "6_results",
+              ("seed", "machine", "task", "evaluate", "targets.{key}.variant_of"), (), True, "6_results",
               "Every arm on the target's held-out test images; image distances; copy check."),
         Stage("compare", "comparison", "project", "compare:run", ("evaluate:all",), ("seed", "evaluate"), (), False,
               "6_results", "Paired intervals and tests over all targets and arms."),

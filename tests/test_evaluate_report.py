@@ -25,7 +25,7 @@ TASK = Task(name="fundus", kind="refuge", classes=("disc", "cup"), nested=True)
 SOURCE, AMBER = (150, 80, 40), (170, 120, 30)
 SHARED = ("source", "stage1")
 OWN = ("aligned", "aligned+filtered", "oracle")
-CONFIG = SimpleNamespace(seed=0, machine=Machine(device="cpu", threads=1), task=TASK, evaluate=Evaluate(bootstrap=200), report=Report(examples=3),
+CONFIG = SimpleNamespace(seed=0, machine=Machine(device="cpu", threads=1), task=TASK, evaluate=Evaluate(bootstrap=200), report=Report(examples=3), variant_of=None,
                          targets={"amber": Target("amber")})
 
 
