@@ -87,7 +87,7 @@ def write(roots: Sequence[Path], out: Path) -> Path:
     for name, table in tables.items():
         table.to_csv(out / f"{name}.csv", index=False, float_format="%.6g")
     shown = {name: table for name, table in {"downstream": downstream_page(tables["downstream"]), "images": wide(tables["images"]),
-                                             "paired": wide(tables["paired"]), "references": tables["references"].round(3),
+                                             "paired": wide(tables["paired"]), "references": counts_page(tables["references"]),
                                              "terms": tables["terms"]}.items() if len(table)}
     for name, table in shown.items():
         (out / f"{name}.tex").write_text(table.to_latex(index=False, escape=True), encoding="utf-8")
@@ -213,6 +213,16 @@ def reference_counts(runs: Runs) -> pd.DataFrame:
             frames.append(table.assign(target=target, n_references=count)[["target", "n_references", "arm", "mean", "ci_low", "ci_high",
                                                                            "difference", "diff_ci_low", "diff_ci_high"]])
     return pd.concat(frames, ignore_index=True).sort_values(["target", "arm", "n_references"]) if frames else pd.DataFrame()
+
+
+def counts_page(table: pd.DataFrame) -> pd.DataFrame:
+    """Arms by row with their Dice and, where they are not stage 1 itself, its difference to that."""
+    if table.empty:
+        return table
+    cells = [f"{r['difference']:+.3f} [{r['diff_ci_low']:+.3f}, {r['diff_ci_high']:+.3f}]" if pd.notna(r["difference"]) else "–"
+             for r in table.to_dict("records")]
+    means = [f"{r['mean']:.3f} [{r['ci_low']:.3f}, {r['ci_high']:.3f}]" for r in table.to_dict("records")]
+    return table[["target", "arm", "n_references"]].assign(Dice=means, **{"minus stage1": cells})
 
 
 def n_references(runs: Runs, target: str) -> int:
