@@ -18,7 +18,7 @@ PACKAGE_DIR = Path(__file__).parent
 # Modules that carry values or run stages but decide nothing about their content: the values
 # reach a stage's fingerprint through its params, so a change here makes no artifact stale.
 PLUMBING = frozenset({"__init__", "__main__", "registry", "reward.registry", "painters.registry", "config", "validation", "stages", "runner",
-                      "artifact", "checkpoint", "errors", "devices"})
+                      "artifact", "checkpoint", "state", "errors", "devices"})
 
 
 @dataclass(frozen=True)

@@ -34,3 +34,13 @@ def smoke_root(phantom_root: Path, tmp_path: Path) -> Path:
     shutil.copytree(phantom_root / "data", root / "data")
     write_params(root / "params.yaml", ["profile=smoke"])
     return root
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the tests of reliability have reached, as ``docs/reliability.md`` shows it; recorded by ``record_property("figure", (row, text))``."""
+    figures = {row: text for report in terminalreporter.stats.get("passed", []) for name, (row, text) in
+               ((name, value) for name, value in getattr(report, "user_properties", []) if name == "figure")}
+    if figures:
+        terminalreporter.section("reliability: figures reached")
+        for row, text in sorted(figures.items()):
+            terminalreporter.write_line(f"{row:52} {text}")

@@ -25,8 +25,8 @@ TASK = Task(name="fundus", kind="refuge", classes=("disc", "cup"), nested=True)
 SOURCE, AMBER = (150, 80, 40), (170, 120, 30)
 SHARED = ("source", "stage1")
 OWN = ("aligned", "aligned+filtered", "oracle")
-CONFIG = SimpleNamespace(seed=0, machine=Machine(device="cpu", threads=1), task=TASK, evaluate=Evaluate(bootstrap=200), report=Report(examples=3), variant_of=None,
-                         targets={"amber": Target("amber")})
+CONFIG = SimpleNamespace(seed=0, machine=Machine(device="cpu", threads=1), task=TASK, evaluate=Evaluate(bootstrap=200), report=Report(examples=3),
+                         variant_of=None, targets={"amber": Target("amber")})
 
 
 def paint(n: int, colour: tuple[int, int, int], seed: int, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
