@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from alignflow_core import audit
 from alignflow_core.config import Task
 from alignflow_core.devices import prepare
 from alignflow_core.metrics.appearance import appearance
-from alignflow_core.metrics.copying import copy_check
 from alignflow_core.metrics.distribution import real_floor, set_distances
 from alignflow_core.metrics.features import FeatureSpace
 from alignflow_core.metrics.overlap import overlap, ratio_error
@@ -158,25 +158,17 @@ def _looks(data: Measured, task: Task) -> pd.DataFrame:
 
 
 def _copies(data: Measured, quantile: float) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Copy check of the aligned images against the references and against the source's training images.
-
-    Held-out real images are the target's test set for the references, the source's other splits for the source.
-    """
-    train = (data.source.table["split"] == "train").to_numpy()
-    banks = {"references": (data.references, data.test), "source": (data.source.select(train), data.source.select(~train))}
-    frames: list[pd.DataFrame] = []
+    """Copy audit of all aligned images, those that were not kept too."""
+    known = audit.banks(data.source, data.references, data.test)
+    checks = audit.check(data.aligned.images, known, quantile)
+    table = audit.table(data.aligned.ids, checks, known)
+    table.insert(1, "kept", np.tile(data.kept, len(checks)))
     numbers: dict[str, float] = {}
-    for name, (bank, held_out) in banks.items():
-        groups = held_out.table["group"].astype(str).to_numpy()
-        check = copy_check(data.aligned.images, bank.images, held_out.images, groups, quantile)
-        frames.append(pd.DataFrame({
-            "pair_id": data.aligned.ids, "kept": data.kept, "bank": name, "nearest": np.array(bank.ids, dtype=object)[check.nearest],
-            "distance": check.distance, "ratio": check.ratio, "threshold": check.threshold, "flagged": check.flagged,
-        }))
-        numbers |= {f"copy_flagged_{name}": float(check.flagged.mean()), f"copy_flagged_kept_{name}": _share(check.flagged[data.kept]),
-                    f"copy_false_flag_rate_{name}": check.false_flag_rate, f"copy_chance_limit_{name}": check.chance(int(data.kept.sum()))}
-    table = pd.concat(frames, ignore_index=True)
-    either = table.groupby("pair_id", sort=False)["flagged"].any().to_numpy()
+    for name, found in checks.items():
+        numbers |= {f"copy_flagged_{name}": float(found.flagged.mean()), f"copy_flagged_kept_{name}": _share(found.flagged[data.kept]),
+                    f"copy_calibration_{name}": float(found.n_calibration), f"copy_false_flag_rate_{name}": found.false_flag_rate,
+                    f"copy_chance_limit_{name}": found.chance(int(data.kept.sum()))}
+    either = np.any([found.flagged for found in checks.values()], axis=0)
     return table, numbers | {"copy_flagged_fraction": _share(either[data.kept])}
 
 

@@ -17,6 +17,7 @@ from alignflow_core import figures
 from alignflow_core.artifact import read_json
 from alignflow_core.config import ARMS, Task
 from alignflow_core.masks import regions
+from alignflow_core.metrics.copying import LEAST_HELD_OUT
 from alignflow_core.pairs import Pairs, read_pairs
 from alignflow_core.runner import Context
 
@@ -194,15 +195,14 @@ def _headline(table: pd.DataFrame, shares: dict[str, float], facts: dict[str, An
 
 
 def _copy_summary(copies: pd.DataFrame, numbers: dict[str, float]) -> dict[str, Any]:
-    """Per bank: flagged among kept pairs, the false flags to expect, the closest pair; ``clean`` where chance explains the flags."""
+    """Per bank: flagged among kept pairs, the false flags to expect at most, the closest pair; ``clean`` where chance explains the flags."""
     banks = []
     for bank in dict.fromkeys(copies["bank"]):
         part = copies[copies["bank"] == bank]
-        rate = numbers.get(f"copy_false_flag_rate_{bank}", float("nan"))
         n_kept, flagged = int(part["kept"].sum()), int((part["flagged"] & part["kept"]).sum())
-        known = not np.isnan(rate)
+        known = numbers.get(f"copy_calibration_{bank}", 0.0) >= LEAST_HELD_OUT
         banks.append({"bank": bank, "n_kept": n_kept, "flagged_kept": flagged, "any_flagged": bool(part["flagged"].any()),
-                      "expected": rate * n_kept, "threshold": part["threshold"].iloc[0], "median": part["ratio"].median(),
+                      "threshold": part["threshold"].iloc[0], "median": part["ratio"].median(),
                       "closest": part.sort_values("ratio").iloc[0].to_dict(), "known": known,
                       "limit": numbers.get(f"copy_chance_limit_{bank}", float("nan")),
                       "clean": known and flagged <= numbers[f"copy_chance_limit_{bank}"]})
