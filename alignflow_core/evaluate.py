@@ -1,8 +1,8 @@
 """Every arm on the target's held-out test images; distances between image sets; copy check; does stage 1 obey its masks.
 
 Writes ``metrics.parquet`` (one value per image, class, arm and seed), ``distances.parquet`` (each with its
-number of images and the real-against-real floor), ``copying.parquet``, ``features.parquet`` (for the map of the sets) and
-``appearance.parquet`` (colour, contrast, sharpness and noise of every image, by set).
+number of images and the real-against-real floor), ``copying.parquet``, ``membership.parquet``, ``features.parquet`` (for the map of the sets)
+and ``appearance.parquet`` (colour, contrast, sharpness and noise of every image, by set).
 """
 
 from collections.abc import Mapping
@@ -17,6 +17,8 @@ import torch
 from alignflow_core import audit
 from alignflow_core.config import Task
 from alignflow_core.devices import prepare
+from alignflow_core.membership import membership
+from alignflow_core.membership import numbers as membership_numbers
 from alignflow_core.metrics.appearance import appearance
 from alignflow_core.metrics.distribution import real_floor, set_distances
 from alignflow_core.metrics.features import FeatureSpace
@@ -64,11 +66,13 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     looks.to_parquet(out_dir / "appearance.parquet", index=False)
     copies, copy_numbers = _copies(data, config.evaluate.copy_quantile)
     copies.to_parquet(out_dir / "copying.parquet", index=False)
+    seen, attacks = membership(inputs, data.source, data.references, data.test, config.task, config.seed, device)
+    seen.to_parquet(out_dir / "membership.parquet", index=False)
     means = table.groupby(["metric", "arm"])["value"].mean().reset_index()
     numbers = {f"{row['metric']}_{metric_name(row['arm'])}": float(row["value"]) for row in means.to_dict("records")}
     kid = distances[distances["metric"] == "kid"]
     numbers |= {f"kid_{metric_name(name)}": float(value) for name, value in zip(kid["set"], kid["value"], strict=True)}
-    numbers |= copy_numbers | _obedience(config.task, inputs["segment_source"], data, device)
+    numbers |= copy_numbers | membership_numbers(attacks) | _obedience(config.task, inputs["segment_source"], data, device)
     return {name: value for name, value in numbers.items() if np.isfinite(value)}
 
 

@@ -35,6 +35,8 @@ ARM_WORDS = {
     "oracle": "Trained on the target's own labels (upper bound)",
 }
 METRIC_WORDS = {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (px)", "cdr_error": "CDR error"}
+MEMBERSHIP_WORDS = {"source_stage1": ("source training images", "stage 1"), "source_aligned": ("source training images", "the aligned model"),
+                    "references": ("references", "the aligned model")}
 DISTANCE_METRICS = ("kid", "fid", "precision", "recall", "density", "coverage", "diversity")
 OBEY_BAR = 0.85
 
@@ -119,6 +121,7 @@ def _target(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], so
     }
     return facts | {
         "headline": _headline(table, shares, facts), "copies": copies, "rows": _rows(table, shares),
+        "membership": _membership(read_json(folder / "metrics.json")),
         "obey": {k: v for k, v in read_json(folder / "metrics.json").items() if k.startswith("obey_")},
         "distances": _distance_rows(pd.read_parquet(folder / "distances.parquet")),
         "grid": _grid(target, config, inputs, source, references, pairs["kept"].to_numpy(bool)),
@@ -207,6 +210,17 @@ def _copy_summary(copies: pd.DataFrame, numbers: dict[str, float]) -> dict[str, 
                       "limit": numbers.get(f"copy_chance_limit_{bank}", float("nan")),
                       "clean": known and flagged <= numbers[f"copy_chance_limit_{bank}"]})
     return {"banks": banks, "clean": all(b["clean"] for b in banks), "known": all(b["known"] for b in banks)}
+
+
+def _membership(numbers: dict[str, float]) -> list[dict[str, Any]]:
+    """What each attack reaches, and in words: told apart where the interval lies above .5."""
+    rows = []
+    for name, (images, model) in MEMBERSHIP_WORDS.items():
+        if f"membership_auc_{name}" in numbers:
+            found = {word: numbers[f"membership_{word}_{name}"] for word in ("auc", "low", "high", "found", "members", "others")}
+            verdict = "no better than guessing" if found["low"] <= 0.5 else "somewhat better than guessing" if found["auc"] < 0.7 else "told apart"
+            rows.append({"images": images, "model": model, "verdict": verdict, **found})
+    return rows
 
 
 def _distance_rows(distances: pd.DataFrame) -> dict[str, Any]:
