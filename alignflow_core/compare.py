@@ -64,7 +64,7 @@ def compare(values: pd.DataFrame, settings: SimpleNamespace, seed: int) -> pd.Da
     frames = []
     for target, metric in _distinct(values, "target", "metric"):
         part = values[(values["target"] == target) & (values["metric"] == metric)]
-        images = part.pivot_table(index=["group", "case_id"], columns="arm", values="value", aggfunc="mean")  # over classes and seeds
+        images = part.groupby(["group", "case_id", "arm"], sort=False)["value"].mean().unstack("arm", sort=False)  # over classes and seeds
         units = group_means(images.to_numpy(), images.index.get_level_values("group").to_numpy())
         arms = {arm: units[:, images.columns.get_loc(arm)] for arm in ARMS if arm in images.columns}
         rng = np.random.Generator(np.random.PCG64(derive_seed(seed, "compare", target, metric)))

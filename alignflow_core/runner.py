@@ -11,7 +11,6 @@ Layout under a project root::
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib
 import json
 import os
@@ -30,6 +29,7 @@ from typing import Any
 from alignflow_core.artifact import exclusive, file_hash, file_hashes, json_hash, listing_hash, publish, read_json, tree_hash, write_json
 from alignflow_core.config import Project, load_project
 from alignflow_core.errors import InputError
+from alignflow_core.site_key import pseudonym
 from alignflow_core.stages import PACKAGE_DIR, STAGES, Stage, artifact_dir, node_id, source_files
 from alignflow_core.usage import sampled
 
@@ -137,8 +137,8 @@ def code_hash(stage_name: str, chosen: Iterable[str] = ()) -> str:
 
 
 def opaque(listing: Mapping[str, str]) -> dict[str, str]:
-    """:func:`file_hashes` with hashed file names (they can be names of patients) below their open folder, and both hashes shortened."""
-    return {f"{PurePosixPath(name).parent}/{hashlib.sha256(name.encode()).hexdigest()[:12]}": content[:16] for name, content in listing.items()}
+    """:func:`file_hashes` with keyed hashes of the file names (they can be names of patients) below their open folder, and shortened contents."""
+    return {f"{PurePosixPath(name).parent}/{pseudonym('file', name, 12)}": content[:16] for name, content in listing.items()}
 
 
 def plan_stage(project: Project, root: Path, stage: Stage, key: str | None) -> Plan:

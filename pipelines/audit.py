@@ -143,6 +143,30 @@ def _built(folders: Sequence[Path]) -> None:
         raise InputError(*(f"{folder}: not built yet; finish the run first" for folder in missing))
 
 
+def files_of(root: Path, ids: Sequence[str]) -> dict[str, list[Path]]:
+    """Image files of a project's raw folders by case id.
+
+    Raises:
+        InputError: an id of no file, as this machine's site key spells them.
+    """
+    from alignflow_core.data import case_id
+    from alignflow_core.site_key import key_file
+
+    project = load_project(root / "params.yaml")
+    folders = [(domain, root / entry.dir) for domain, entry in project.domains.items()]
+    folders += [(target.domain, root / target.references.dir) for target in project.targets.values() if target.references.dir]
+    found: dict[str, list[Path]] = {each: [] for each in ids}
+    for domain, folder in dict.fromkeys(folders):
+        place = folder / "images" if (folder / "images").is_dir() else folder
+        for file in sorted(place.iterdir()) if place.is_dir() else ():
+            found.get(case_id(domain, file.stem), []).append(file)
+    unknown = [each for each, files in found.items() if not files]
+    if unknown:
+        raise InputError(*(f"{each}: no image of {root / 'params.yaml'} has this id under {key_file()}; check the project and the key"
+                           for each in unknown))
+    return found
+
+
 def told(target: str, verdict: Verdict) -> str:
     """A verdict for the terminal."""
     head = f"{target}: audited, {len(verdict.ids)} pairs" if not verdict.missing else f"{target}: not calibrated, so this is no audit"

@@ -146,6 +146,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--against", type=Path, metavar="RUN", help="the run that an exported folder came from")
     add_json(sub)
 
+    sub = add("case", case, "which files on this machine the opaque ids of reports and audits stand for")
+    sub.add_argument("ids", nargs="+", metavar="ID")
+    add_root(sub)
+
     sub = add("doctor", doctor, "versions, device, data, telemetry; what is wrong and how to mend it")
     add_root(sub)
     add_json(sub)
@@ -357,6 +361,14 @@ def export(options: argparse.Namespace) -> int:
             print(f"{target}: left out as near copies of real images: {', '.join(choice.left_out)}")
         if options.on_copy == "keep":
             print(f"warning: {target}: treat these pairs as patients' data; {len(choice.verdict.copies)} look copied", file=sys.stderr)
+    return 0
+
+
+def case(options: argparse.Namespace) -> int:
+    """Opaque ids -> files, for the terminal of those who have the files and the key."""
+    from pipelines.audit import files_of
+
+    print("\n".join(f"{each}: {', '.join(map(str, files))}" for each, files in files_of(options.root, options.ids).items()))
     return 0
 
 
