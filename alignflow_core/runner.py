@@ -29,6 +29,7 @@ from typing import Any
 from alignflow_core.artifact import exclusive, file_hash, file_hashes, json_hash, listing_hash, publish, read_json, tree_hash, write_json
 from alignflow_core.config import Project, load_project
 from alignflow_core.errors import InputError
+from alignflow_core.floors import refuse_old_packages
 from alignflow_core.site_key import pseudonym
 from alignflow_core.stages import PACKAGE_DIR, STAGES, Stage, artifact_dir, node_id, source_files
 from alignflow_core.usage import sampled
@@ -185,8 +186,9 @@ def run_stage(root: Path, name: str, key: str | None = None, *, force: bool = Fa
         quiet: no progress on stderr.
 
     Raises:
-        InputError: bad configuration, key, input or lock.
+        InputError: bad configuration, key, input or lock; a package below its floor.
     """
+    refuse_old_packages()
     root = root.resolve()
     if name not in STAGES:
         raise InputError(f"stage '{name}': unknown; valid: {', '.join(STAGES)}")

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 REPOSITORY = Path(__file__).parents[1]
-PLUMBING = ("__init__", "__main__", "artifact", "config", "distributed", "errors", "reward/__init__", "reward/registry", "runner", "site_key",
-            "stages", "usage", "validation")
+PLUMBING = ("__init__", "__main__", "artifact", "config", "distributed", "errors", "floors", "reward/__init__", "reward/registry", "runner",
+            "site_key", "stages", "usage", "validation")
 MODULES = ("data", "mask_flow", "image_flow", "sample", "segment", "labeller", "align", "reward/distances", "reward/statconv", "filtering",
            "evaluate", "compare", "report")
 TARGETS = ("amber", "dim")
