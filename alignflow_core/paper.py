@@ -132,7 +132,7 @@ def mean_of_targets(values: pd.DataFrame, baselines: Sequence[str], settings: An
     """Mean over targets of each arm, and its difference to the baselines, with percentile intervals: units are drawn within each target."""
     units = {}
     for target, part in values.groupby("target", sort=False):
-        images = part.pivot_table(index=["group", "case_id"], columns="arm", values="value", aggfunc="mean")
+        images = part.groupby(["group", "case_id", "arm"], sort=False)["value"].mean().unstack("arm", sort=False)
         units[target] = (group_means(images.to_numpy(), images.index.get_level_values("group").to_numpy()), list(images.columns))
     arms = [arm for arm in in_order(values["arm"]) if all(arm in columns for _, columns in units.values())]
     point, drawn = np.zeros(len(arms)), np.zeros((settings.bootstrap, len(arms)))
@@ -185,7 +185,7 @@ def likeness(runs: Runs) -> pd.DataFrame:
     for target in runs.targets:
         table = methods(runs, target, "paired.parquet", "set", {"aligned": ""})
         for (name, metric), part in table.groupby(["set", "metric"], sort=False):
-            units = part.groupby("group")["value"].mean().to_numpy()[:, None]
+            units = part.groupby("group", sort=False)["value"].mean().to_numpy()[:, None]
             rng = np.random.Generator(np.random.PCG64(derive_seed(runs.project.seed, "paper", target, metric)))
             low, high = bca_intervals(units, runs.project.evaluate.level, runs.project.evaluate.bootstrap, rng)
             rows.append((target, name, metric, units.mean(), low[0], high[0], part["case_id"].nunique()))

@@ -12,7 +12,6 @@ Layout under a project root::
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import importlib
 import json
 import os
@@ -31,6 +30,8 @@ from typing import Any
 from alignflow_core.artifact import exclusive, file_hash, file_hashes, json_hash, listing_hash, publish, read_json, tree_hash, write_json
 from alignflow_core.config import Project, load_project
 from alignflow_core.errors import InputError, StageError
+from alignflow_core.floors import refuse_old_packages
+from alignflow_core.site_key import pseudonym
 from alignflow_core.stages import PACKAGE_DIR, STAGES, Stage, artifact_dir, node_id, source_files
 from alignflow_core.usage import sampled
 
@@ -147,8 +148,8 @@ def code_hash(stage_name: str, chosen: Iterable[str] = ()) -> str:
 
 
 def opaque(listing: Mapping[str, str]) -> dict[str, str]:
-    """:func:`file_hashes` with hashed file names (they can be names of patients) below their open folder, and both hashes shortened."""
-    return {f"{PurePosixPath(name).parent}/{hashlib.sha256(name.encode()).hexdigest()[:12]}": content[:16] for name, content in listing.items()}
+    """:func:`file_hashes` with keyed hashes of the file names (they can be names of patients) below their open folder, and shortened contents."""
+    return {f"{PurePosixPath(name).parent}/{pseudonym('file', name, 12)}": content[:16] for name, content in listing.items()}
 
 
 def plan_stage(project: Project, root: Path, stage: Stage, key: str | None) -> Plan:
@@ -195,8 +196,9 @@ def run_stage(root: Path, name: str, key: str | None = None, *, force: bool = Fa
         quiet: no progress on stderr.
 
     Raises:
-        InputError: bad configuration, key, input or lock.
+        InputError: bad configuration, key, input or lock; a package below its floor.
     """
+    refuse_old_packages()
     root = root.resolve()
     if name not in STAGES:
         raise InputError(f"stage '{name}': unknown; valid: {', '.join(STAGES)}")
