@@ -305,7 +305,8 @@ def compare_table(root: Path, metric: str = "dice") -> str:
     if not newest:
         raise InputError(f"{root / 'mlflow.db'}: no evaluation recorded yet; run 'alignflow materialize' or 'alignflow sync'")
     intervals = _intervals(store, experiments, metric)
-    rows, comparators = [], load_project(root / "params.yaml").comparators
+    rows, params = [], root / "params.yaml"
+    comparators = load_project(params).comparators if params.exists() else {}
     arms = in_order([*ARMS, *(arm for name in comparators for arm in (name, name + COLOUR))])
     for target, run in sorted(newest.items()):
         names = {arm: f"{metric}_{_plain(arm)}" for arm in arms}

@@ -42,8 +42,10 @@ def test_the_code_location_loads_without_heavy_packages(smoke_root: Path) -> Non
 
 
 def test_every_asset_is_described_owned_and_of_a_kind(smoke_root: Path) -> None:
+    from pipelines.compose import write_params
     from pipelines.definitions import build_definitions
 
+    write_params(smoke_root / "params.yaml", ["profile=smoke", "comparators=paper"])
     graph = build_definitions(smoke_root).resolve_asset_graph()
     for stage in STAGES.values():
         node = graph.get(dg.AssetKey(stage.asset))

@@ -94,7 +94,7 @@ def raw_folders(config):
 def write_project(root: Path, targets: tuple[str, ...] = TARGETS) -> Path:
     """A toy project with these targets in ``root``, without DVC."""
     core = root / "alignflow_core"
-    for package in ("networks", "reward"):
+    for package in ("networks", "painters", "reward"):
         (core / package).mkdir(parents=True)
     for module in PLUMBING:
         shutil.copyfile(REPOSITORY / "alignflow_core" / f"{module}.py", core / f"{module}.py")
