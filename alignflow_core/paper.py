@@ -217,7 +217,7 @@ def reference_counts(runs: Runs) -> pd.DataFrame:
 
 def n_references(runs: Runs, target: str) -> int:
     """How many references a target really has."""
-    return len(read_pairs(runs.roots[0] / artifact_dir("references", target)))
+    return int(read_json(runs.roots[0] / artifact_dir("references", target) / "metrics.json")["n_references"])
 
 
 def features(runs: Runs, target: str) -> pd.DataFrame:
