@@ -35,7 +35,8 @@ from alignflow_core.masks import condition
 from alignflow_core.networks import lora, velocity_unet
 from alignflow_core.networks.segmenters import load_segmenter, mean_dice, predict, stored_network
 from alignflow_core.pairs import Pairs, read_pairs, to_bytes, to_unit
-from alignflow_core.reference_moments import MOMENTS_FILE, ReferenceMoments, instrument_of, probe_features, read_moments, refuse_other_instrument
+from alignflow_core.reference_instrument import instrument_of, probe_features, refuse_other_instrument
+from alignflow_core.reference_moments import MOMENTS_FILE, ReferenceMoments, read_moments
 from alignflow_core.reward import regions
 from alignflow_core.reward.encoders import Material, Standardised, build
 from alignflow_core.reward.gates import RATIOS, Probe, closeness, failures

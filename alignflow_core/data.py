@@ -127,7 +127,7 @@ def _moments_alone(file: Path, config: Any, out_dir: Path) -> dict[str, float]:
 
     given, size = read_moments(file), config.data.size
     if given.instrument.get("size") != size:
-        raise InputError(f"{file}: was measured at {given.instrument.get('size')} pixels, data.size is {size}; make a kit of this run "
+        raise InputError(f"{file}: was measured at {given.instrument.get('size')!r} pixels, data.size is {size}; make a kit of this run "
                          "(alignflow reference-kit) and ask for its moments")
     write_moments(out_dir / MOMENTS_FILE, given)
     np.save(out_dir / "images.npy", np.empty((0, size, size, 3), np.uint8))

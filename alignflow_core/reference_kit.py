@@ -24,14 +24,8 @@ from alignflow_core.folders import Listing, check_folder
 from alignflow_core.networks.segmenters import load_segmenter
 from alignflow_core.pairs import read_pairs, to_unit
 from alignflow_core.readers import ReadError, read_image
-from alignflow_core.reference_moments import (
-    LEAST_IMAGES,
-    ReferenceMoments,
-    instrument_of,
-    probe_features,
-    same_probe,
-    write_moments,
-)
+from alignflow_core.reference_instrument import instrument_of, probe_features, same_probe
+from alignflow_core.reference_moments import LEAST_IMAGES, ReferenceMoments, write_moments
 from alignflow_core.reference_roles import ROLES, in_drawn_order, roles
 from alignflow_core.reward import regions
 from alignflow_core.reward.encoders import Material, Restored, Standardised, build
