@@ -1,4 +1,4 @@
-# make setup | demo | test | nightly | bench | lint | lock
+# make setup | demo | test | nightly | bench | lint | lock | sbom
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -14,7 +14,7 @@ CUDA := bindings pathfinder toolkit
 NVIDIA := cublas cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx
 OUTSIDE_LOCK := torch triton $(CUDA:%=cuda-%) $(NVIDIA:%=nvidia-%)
 
-.PHONY: setup demo test nightly bench lint lock
+.PHONY: setup demo test nightly bench lint lock sbom
 
 setup: $(STAMP)
 
@@ -49,3 +49,8 @@ lock: setup
 	@. .ci/pip-settings && env -u UV_INDEX -u UV_FIND_LINKS $(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --upgrade \
 		--no-emit-index-url --no-emit-find-links --constraints <(echo '$(TORCH)') $(OUTSIDE_LOCK:%=--no-emit-package %) \
 		--no-annotate --custom-compile-command 'make lock' --quiet --output-file requirements.lock
+
+# The locked packages as a CycloneDX bill of materials; needs no network.
+sbom: setup
+	@$(BIN)/python -m pipelines.sbom > sbom.cdx.json
+	@echo sbom.cdx.json

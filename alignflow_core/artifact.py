@@ -79,10 +79,17 @@ def publish(part_dir: Path, out_dir: Path) -> None:
     if out_dir.exists():
         out_dir.rename(old)
     part_dir.rename(out_dir)
-    descriptor = os.open(out_dir.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    sync_folder(out_dir.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

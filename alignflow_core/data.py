@@ -1,6 +1,5 @@
 """Raw folders -> checked, resized, split and hashed pairs; and the few references that the method may see."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -9,17 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from alignflow_core.artifact import read_json, write_json
 from alignflow_core.config import Task
 from alignflow_core.errors import InputError
 from alignflow_core.folders import GROUP_FILES, Case, Listing, check_folder
 from alignflow_core.readers import ReadError, read_image, read_mask
+from alignflow_core.site_key import VARIABLE, key_check, key_file, pseudonym
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SPLITS = ("train", "val", "test")
-REFERENCE_COLUMNS = {"case_id": "str", "stem": "str", "domain": "str", "group": "str", "role": "str", "labelled": "bool", "image_file": "str",
-                     "image_sha256": "str", "width": "int64", "height": "int64"}
+KEY_FILE = "site_key.json"  # which key the ids are of
+REFERENCE_COLUMNS = {"case_id": "str", "domain": "str", "group": "str", "role": "str", "labelled": "bool", "image_sha256": "str", "width": "int64",
+                     "height": "int64"}
 
 
 def split_groups(groups: Sequence[str], shares: tuple[float, float, float], seed: int, domain: str) -> dict[str, str]:
@@ -53,6 +55,7 @@ def split_groups(groups: Sequence[str], shares: tuple[float, float, float], seed
 def run_data(config: Any, inputs: Mapping[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
     """Stage ``data``: one domain's folder -> ``images.npy``, ``masks.npy``, ``manifest.parquet`` at the working size.
 
+    File names and groups appear as keyed hashes alone (``site_key.py``), in the order of the names.
     Pixels are written case by case into mapped arrays; memory does not grow with the folder.
     """
     import pandas as pd
@@ -63,9 +66,10 @@ def run_data(config: Any, inputs: Mapping[str, Path], out_dir: Path, context: An
     split_of = split_groups([case.group for case in listing.cases], shares, config.data.seed, context.key)
     _write_arrays(listing, config.task, config.data.size, out_dir, context.progress)
     table = pd.DataFrame([_row(case, context.key) | {
-        "split": split_of[case.group], "image_file": case.image_file, "mask_file": case.mask_file, "image_sha256": case.image_sha256,
-        "mask_sha256": case.mask_sha256, "width": case.width, "height": case.height} for case in listing.cases])
+        "split": split_of[case.group], "image_sha256": case.image_sha256, "mask_sha256": case.mask_sha256, "width": case.width,
+        "height": case.height} for case in listing.cases])
     table.to_parquet(out_dir / "manifest.parquet", index=False)
+    write_json(out_dir / KEY_FILE, {"key_check": key_check()})
     counts, masks = table["split"].value_counts(), np.load(out_dir / "masks.npy", mmap_mode="r")
     numbers = range(1, len(config.task.classes) + 1)
     area = {k: sum(int((mask >= k if config.task.nested else mask == k).sum()) for mask in masks) / masks.size for k in numbers}
@@ -80,7 +84,8 @@ def run_references(config: Any, inputs: Mapping[str, Path], out_dir: Path, conte
     The last ``held_out_fraction`` of them steer when alignment stops. Or a file of moments: then there are no rows, and ``moments.safetensors``.
 
     Raises:
-        InputError: too few images; a reference that is in the test split by content or by group; a file of moments that cannot be used.
+        InputError: too few images; a reference that is in the test split by content or by group; the domain's ids are of another site key;
+            a file of moments that cannot be used.
     """
     import pandas as pd
 
@@ -89,26 +94,28 @@ def run_references(config: Any, inputs: Mapping[str, Path], out_dir: Path, conte
     wanted, domain = config.references, config.target_domain
     if wanted.file is not None:
         return _moments_alone(context.root / wanted.file, config, out_dir)
+    _refuse_other_key(inputs["data:target"])
     manifest = pd.read_parquet(inputs["data:target"] / "manifest.parquet")
     if wanted.dir is None:
         table = manifest[manifest["split"] == "train"]
         if len(table) < wanted.count:
             raise InputError(f"targets.{context.key}.references.count: {wanted.count} wanted, the training split of '{domain}' has {len(table)}; "
                              "lower the count or give references.dir")
-        drawn = table.index[in_drawn_order(table["stem"].tolist(), wanted.seed)[:wanted.count]]
+        drawn = table.index[in_drawn_order(table["image_sha256"].tolist(), wanted.seed)[:wanted.count]]
         table = table.loc[drawn]
         for name in ("images.npy", "masks.npy"):
             np.save(out_dir / name, np.load(inputs["data:target"] / name, mmap_mode="r")[drawn])
-        labelled, places = True, [f"{domain}: {file}" for file in table["image_file"]]
+        labelled, places = True, [f"{domain}: case {case}" for case in table["case_id"]]
     else:
         listing = check_folder(context.root / wanted.dir, config.task, labelled=False, root=context.root)
         cases = [listing.cases[i] for i in in_drawn_order([case.stem for case in listing.cases], wanted.seed)]
-        known = dict(zip(manifest["stem"], manifest["group"], strict=True))
+        known = dict(zip(manifest["case_id"], manifest["group"], strict=True))
         own_groups = any((listing.folder / name).exists() for name in GROUP_FILES)
-        cases = [case if own_groups else replace(case, group=known.get(case.stem, case.group)) for case in cases]
         listing = replace(listing, cases=tuple(cases))
-        table = pd.DataFrame([_row(case, domain) | {"image_file": case.image_file, "image_sha256": case.image_sha256,
-                                                    "width": case.width, "height": case.height} for case in cases])
+        rows = [_row(case, domain) for case in cases]
+        table = pd.DataFrame([row | {"group": row["group"] if own_groups else known.get(str(row["case_id"]), row["group"]),
+                                     "image_sha256": case.image_sha256, "width": case.width, "height": case.height}
+                              for row, case in zip(rows, cases, strict=True)])
         labelled, places = listing.labelled, [str(listing.folder / case.image_file) for case in cases]
     _refuse_test_images(table, places, manifest[manifest["split"] == "test"], domain)
     if wanted.dir is not None:
@@ -142,7 +149,19 @@ def _reference_numbers(n_align: int, n_held_out: int, labelled: bool) -> dict[st
 
 def _row(case: Case, domain: str) -> dict[str, object]:
     """The columns that both manifests begin with."""
-    return {"case_id": hashlib.sha256(f"{domain}/{case.stem}".encode()).hexdigest()[:16], "stem": case.stem, "domain": domain, "group": case.group}
+    return {"case_id": case_id(domain, case.stem), "domain": domain, "group": pseudonym("group", f"{domain}/{case.group}")}
+
+
+def case_id(domain: str, stem: str) -> str:
+    """Opaque id of an image of a domain."""
+    return pseudonym("case", f"{domain}/{stem}")
+
+
+def _refuse_other_key(folder: Path) -> None:
+    """Stop where a domain's ids are of another site key: references could not be told from its test images by group."""
+    if read_json(folder / KEY_FILE)["key_check"] != key_check():
+        raise InputError(f"{folder}: its ids are of another site key than {key_file()}; give that key ({VARIABLE}), "
+                         "or remove the folder to build it again")
 
 
 def _write_arrays(listing: Listing, task: Task, size: int, out_dir: Path, progress: Callable[[int, int, str], None]) -> None:
@@ -170,14 +189,16 @@ def _write_arrays(listing: Listing, task: Task, size: int, out_dir: Path, progre
 
 def _refuse_test_images(table: "pd.DataFrame", places: Sequence[str], test: "pd.DataFrame", domain: str) -> None:
     """Stop where a reference is a test image of its domain by content, or of a patient or sequence that is."""
-    contents = dict(zip(test["image_sha256"], test["image_file"], strict=True))
-    by_group = dict(zip(test["group"].astype(str), test["image_file"], strict=True))
+    contents = dict(zip(test["image_sha256"], test["case_id"], strict=True))
+    by_group = dict(zip(test["group"].astype(str), test["case_id"], strict=True))
     problems = []
     for place, sha256, group in zip(places, table["image_sha256"], table["group"].astype(str), strict=True):
         if sha256 in contents:
-            problems.append(f"{place}: is the test image {contents[sha256]} of '{domain}'; take another reference or remove it from the domain")
+            problems.append(f"{place}: is the test image {contents[sha256]} of '{domain}' ('alignflow case' names its file); "
+                            "take another reference or remove it from the domain")
         elif group in by_group:
-            problems.append(f"{place}: belongs to group '{group}' of the test image {by_group[group]} of '{domain}'; take another reference, "
-                            "or if it is another patient rename the file or give the references a groups.csv")
+            problems.append(f"{place}: belongs to the patient or sequence of the test image {by_group[group]} of '{domain}' "
+                            "('alignflow case' names its file); take another reference, or if it is another patient rename the file or give "
+                            "the references a groups.csv")
     if problems:
         raise InputError(*problems)

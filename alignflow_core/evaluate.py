@@ -1,9 +1,9 @@
 """Every arm on the target's held-out test images; distances between image sets; copy check; does stage 1 obey its masks.
 
 Writes ``metrics.parquet`` (one value per image, class, segmenter, arm and seed), ``distances.parquet`` (each with its
-number of images, 95 % interval and real-against-real floor), ``copying.parquet``, ``features.parquet`` (for the map of the sets) and
-``appearance.parquet`` (colour, contrast, sharpness and noise of every image, by set) and ``paired.parquet`` (each painter's image of a
-held-out mask against the real image of that mask).
+number of images, 95 % interval and real-against-real floor), ``copying.parquet``, ``membership.parquet``, ``features.parquet`` (for the map
+of the sets), ``appearance.parquet`` (colour, contrast, sharpness and noise of every image, by set) and ``paired.parquet`` (each painter's
+image of a held-out mask against the real image of that mask).
 """
 
 from collections.abc import Mapping
@@ -15,10 +15,12 @@ import numpy as np
 import pandas as pd
 import torch
 
+from alignflow_core import audit
 from alignflow_core.config import Task
 from alignflow_core.devices import prepare
+from alignflow_core.membership import membership
+from alignflow_core.membership import numbers as membership_numbers
 from alignflow_core.metrics.appearance import appearance
-from alignflow_core.metrics.copying import copy_check
 from alignflow_core.metrics.distribution import LEAST, SHARE_OF, real_floor, set_distances
 from alignflow_core.metrics.features import FeatureSpace
 from alignflow_core.metrics.jackknife import estimates
@@ -79,12 +81,14 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     looks.to_parquet(out_dir / "appearance.parquet", index=False)
     copies, copy_numbers = _copies(data, config.evaluate.copy_quantile)
     copies.to_parquet(out_dir / "copying.parquet", index=False)
+    seen, attacks = membership(inputs, data.source, data.references, data.test, config.task, config.seed, device)
+    seen.to_parquet(out_dir / "membership.parquet", index=False)
     means = table.groupby(["segmenter", "metric", "arm"])["value"].mean().reset_index()
     first = table["segmenter"].iloc[0]
     numbers = {f"{prefix(row['segmenter'], first)}{row['metric']}_{metric_name(row['arm'])}": float(row["value"]) for row in means.to_dict("records")}
     kid = distances[distances["metric"] == "kid"]
     numbers |= {f"kid_{metric_name(name)}": float(value) for name, value in zip(kid["set"], kid["value"], strict=True)}
-    numbers |= copy_numbers | _obedience(config.task, inputs["segment_source"], data, device)
+    numbers |= copy_numbers | membership_numbers(attacks) | _obedience(config.task, inputs["segment_source"], data, device)
     return {name: value for name, value in numbers.items() if np.isfinite(value)}
 
 
@@ -203,26 +207,17 @@ def _looks(data: Measured, task: Task) -> pd.DataFrame:
 
 
 def _copies(data: Measured, quantile: float) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Copy check of the aligned images against the references, where their images are here, and against the source's training images.
-
-    Held-out real images are the target's test set for the references, the source's other splits for the source.
-    """
-    train = (data.source.table["split"] == "train").to_numpy()
-    banks = {name: (pairs, data.test) for name, pairs in data.shown_references.items()}
-    banks |= {"source": (data.source.select(train), data.source.select(~train))}
-    frames: list[pd.DataFrame] = []
+    """Copy audit of all aligned images, those that were not kept too; not against references that are moments alone."""
+    known = audit.banks(data.source, data.references, data.test)
+    checks = audit.check(data.aligned.images, known, quantile)
+    table = audit.table(data.aligned.ids, checks, known)
+    table.insert(1, "kept", np.tile(data.kept, len(checks)))
     numbers: dict[str, float] = {}
-    for name, (bank, held_out) in banks.items():
-        groups = held_out.table["group"].astype(str).to_numpy()
-        check = copy_check(data.aligned.images, bank.images, held_out.images, groups, quantile)
-        frames.append(pd.DataFrame({
-            "pair_id": data.aligned.ids, "kept": data.kept, "bank": name, "nearest": np.array(bank.ids, dtype=object)[check.nearest],
-            "distance": check.distance, "ratio": check.ratio, "threshold": check.threshold, "flagged": check.flagged,
-        }))
-        numbers |= {f"copy_flagged_{name}": float(check.flagged.mean()), f"copy_flagged_kept_{name}": _share(check.flagged[data.kept]),
-                    f"copy_false_flag_rate_{name}": check.false_flag_rate, f"copy_chance_limit_{name}": check.chance(int(data.kept.sum()))}
-    table = pd.concat(frames, ignore_index=True)
-    either = table.groupby("pair_id", sort=False)["flagged"].any().to_numpy()
+    for name, found in checks.items():
+        numbers |= {f"copy_flagged_{name}": float(found.flagged.mean()), f"copy_flagged_kept_{name}": _share(found.flagged[data.kept]),
+                    f"copy_calibration_{name}": float(found.n_calibration), f"copy_false_flag_rate_{name}": found.false_flag_rate,
+                    f"copy_chance_limit_{name}": found.chance(int(data.kept.sum()))}
+    either = np.any([found.flagged for found in checks.values()], axis=0)
     return table, numbers | {"copy_flagged_fraction": _share(either[data.kept])}
 
 

@@ -87,7 +87,7 @@ def write(roots: Sequence[Path], out: Path) -> Path:
     for name, table in tables.items():
         table.to_csv(out / f"{name}.csv", index=False, float_format="%.6g")
     shown = {name: table for name, table in {"downstream": downstream_page(tables["downstream"]), "images": wide(tables["images"]),
-                                             "paired": wide(tables["paired"]), "references": tables["references"].round(3),
+                                             "paired": wide(tables["paired"]), "references": counts_page(tables["references"]),
                                              "terms": tables["terms"]}.items() if len(table)}
     for name, table in shown.items():
         (out / f"{name}.tex").write_text(table.to_latex(index=False, escape=True), encoding="utf-8")
@@ -132,7 +132,7 @@ def mean_of_targets(values: pd.DataFrame, baselines: Sequence[str], settings: An
     """Mean over targets of each arm, and its difference to the baselines, with percentile intervals: units are drawn within each target."""
     units = {}
     for target, part in values.groupby("target", sort=False):
-        images = part.pivot_table(index=["group", "case_id"], columns="arm", values="value", aggfunc="mean")
+        images = part.groupby(["group", "case_id", "arm"], sort=False)["value"].mean().unstack("arm", sort=False)
         units[target] = (group_means(images.to_numpy(), images.index.get_level_values("group").to_numpy()), list(images.columns))
     arms = [arm for arm in in_order(values["arm"]) if all(arm in columns for _, columns in units.values())]
     point, drawn = np.zeros(len(arms)), np.zeros((settings.bootstrap, len(arms)))
@@ -185,7 +185,7 @@ def likeness(runs: Runs) -> pd.DataFrame:
     for target in runs.targets:
         table = methods(runs, target, "paired.parquet", "set", {"aligned": ""})
         for (name, metric), part in table.groupby(["set", "metric"], sort=False):
-            units = part.groupby("group")["value"].mean().to_numpy()[:, None]
+            units = part.groupby("group", sort=False)["value"].mean().to_numpy()[:, None]
             rng = np.random.Generator(np.random.PCG64(derive_seed(runs.project.seed, "paper", target, metric)))
             low, high = bca_intervals(units, runs.project.evaluate.level, runs.project.evaluate.bootstrap, rng)
             rows.append((target, name, metric, units.mean(), low[0], high[0], part["case_id"].nunique()))
@@ -213,6 +213,16 @@ def reference_counts(runs: Runs) -> pd.DataFrame:
             frames.append(table.assign(target=target, n_references=count)[["target", "n_references", "arm", "mean", "ci_low", "ci_high",
                                                                            "difference", "diff_ci_low", "diff_ci_high"]])
     return pd.concat(frames, ignore_index=True).sort_values(["target", "arm", "n_references"]) if frames else pd.DataFrame()
+
+
+def counts_page(table: pd.DataFrame) -> pd.DataFrame:
+    """Arms by row with their Dice and, where they are not stage 1 itself, its difference to that."""
+    if table.empty:
+        return table
+    cells = [f"{r['difference']:+.3f} [{r['diff_ci_low']:+.3f}, {r['diff_ci_high']:+.3f}]" if pd.notna(r["difference"]) else "–"
+             for r in table.to_dict("records")]
+    means = [f"{r['mean']:.3f} [{r['ci_low']:.3f}, {r['ci_high']:.3f}]" for r in table.to_dict("records")]
+    return table[["target", "arm", "n_references"]].assign(Dice=means, **{"minus stage1": cells})
 
 
 def n_references(runs: Runs, target: str) -> int:

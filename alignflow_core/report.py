@@ -18,6 +18,7 @@ from alignflow_core import figures
 from alignflow_core.artifact import read_json
 from alignflow_core.config import COLOUR, Task, in_order
 from alignflow_core.masks import regions
+from alignflow_core.metrics.copying import LEAST_HELD_OUT
 from alignflow_core.pairs import Pairs, read_pairs
 from alignflow_core.runner import Context
 
@@ -36,6 +37,8 @@ ARM_WORDS = {
 }
 METRIC_WORDS = {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (px)", "cdr_error": "CDR error"}
 SEGMENTER_METRICS = ("dice", "iou")
+MEMBERSHIP_WORDS = {"source_stage1": ("source training images", "stage 1"), "source_aligned": ("source training images", "the aligned model"),
+                    "references": ("references", "the aligned model")}
 DISTANCE_METRICS = {"kid": "KID ↓", "cmmd": "CMMD ↓", "fid": "FID ↓", "precision": "precision ↑", "recall": "recall ↑", "density": "density ↑",
                     "coverage": "coverage ↑", "diversity": "diversity ↑", "vendi": "Vendi ↑"}
 OBEY_BAR = 0.85
@@ -132,6 +135,7 @@ def _target(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], so
     }
     return facts | {
         "headline": _headline(table, shares, facts), "copies": copies, "rows": _rows(table, shares),
+        "membership": _membership(read_json(folder / "metrics.json")),
         "obey": {k: v for k, v in read_json(folder / "metrics.json").items() if k.startswith("obey_")},
         "distances": _distance_rows(pd.read_parquet(folder / "distances.parquet")),
         "grid": _grid(target, config, inputs, source, references, pairs["kept"].to_numpy(bool)),
@@ -216,19 +220,29 @@ def _headline(table: pd.DataFrame, shares: dict[str, float], facts: dict[str, An
 
 
 def _copy_summary(copies: pd.DataFrame, numbers: dict[str, float]) -> dict[str, Any]:
-    """Per bank: flagged among kept pairs, the false flags to expect, the closest pair; ``clean`` where chance explains the flags."""
+    """Per bank: flagged among kept pairs, the false flags to expect at most, the closest pair; ``clean`` where chance explains the flags."""
     banks = []
     for bank in dict.fromkeys(copies["bank"]):
         part = copies[copies["bank"] == bank]
-        rate = numbers.get(f"copy_false_flag_rate_{bank}", float("nan"))
         n_kept, flagged = int(part["kept"].sum()), int((part["flagged"] & part["kept"]).sum())
-        known = not np.isnan(rate)
+        known = numbers.get(f"copy_calibration_{bank}", 0.0) >= LEAST_HELD_OUT
         banks.append({"bank": bank, "n_kept": n_kept, "flagged_kept": flagged, "any_flagged": bool(part["flagged"].any()),
-                      "expected": rate * n_kept, "threshold": part["threshold"].iloc[0], "median": part["ratio"].median(),
+                      "threshold": part["threshold"].iloc[0], "median": part["ratio"].median(),
                       "closest": part.sort_values("ratio").iloc[0].to_dict(), "known": known,
                       "limit": numbers.get(f"copy_chance_limit_{bank}", float("nan")),
                       "clean": known and flagged <= numbers[f"copy_chance_limit_{bank}"]})
     return {"banks": banks, "clean": all(b["clean"] for b in banks), "known": all(b["known"] for b in banks)}
+
+
+def _membership(numbers: dict[str, float]) -> list[dict[str, Any]]:
+    """What each attack reaches, and in words: told apart where the interval lies above .5."""
+    rows = []
+    for name, (images, model) in MEMBERSHIP_WORDS.items():
+        if f"membership_auc_{name}" in numbers:
+            found = {word: numbers[f"membership_{word}_{name}"] for word in ("auc", "low", "high", "found", "members", "others")}
+            verdict = "no better than guessing" if found["low"] <= 0.5 else "somewhat better than guessing" if found["auc"] < 0.7 else "told apart"
+            rows.append({"images": images, "model": model, "verdict": verdict, **found})
+    return rows
 
 
 def _distance_rows(distances: pd.DataFrame) -> dict[str, Any]:

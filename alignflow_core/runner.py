@@ -11,7 +11,7 @@ Layout under a project root::
 
 import contextlib
 import dataclasses
-import hashlib
+import errno
 import importlib
 import json
 import os
@@ -29,7 +29,9 @@ from typing import Any
 
 from alignflow_core.artifact import exclusive, file_hash, json_hash, listing_hash, publish, raw_hashes, read_json, tree_hash, write_json
 from alignflow_core.config import Project, load_project
-from alignflow_core.errors import InputError
+from alignflow_core.errors import InputError, StageError
+from alignflow_core.floors import refuse_old_packages
+from alignflow_core.site_key import pseudonym
 from alignflow_core.stages import PACKAGE_DIR, STAGES, Stage, artifact_dir, node_id, source_files
 from alignflow_core.usage import sampled
 
@@ -38,6 +40,13 @@ from alignflow_core.usage import sampled
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 ACCELERATORS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))  # NVIDIA's and AMD's drivers
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # of CUDA, and of torch's allocator on a CPU
+MEMORY_SETTINGS = {  # file of a stage -> what takes its memory
+    "mask_flow": "mask_flow.training.batch", "image_flow": "image_flow.training.batch", "comparator": "image_flow.training.batch",
+    "labeller": "labeller.training.batch", "align": "align.training.batch", "sample": "sample.batch", "segment": "segment.training.batch",
+    "filtering": "segment.training.batch",
+}
 
 RECORDED_PACKAGES = ("torch", "monai", "numpy", "scipy", "pillow", "pandas", "pyarrow", "safetensors")
 
@@ -149,8 +158,8 @@ def code_hash(stage_name: str, chosen: Iterable[str] = ()) -> str:
 
 
 def opaque(listing: Mapping[str, str]) -> dict[str, str]:
-    """:func:`file_hashes` with hashed file names (they can be names of patients) below their open folder, and both hashes shortened."""
-    return {f"{PurePosixPath(name).parent}/{hashlib.sha256(name.encode()).hexdigest()[:12]}": content[:16] for name, content in listing.items()}
+    """:func:`file_hashes` with keyed hashes of the file names (they can be names of patients) below their open folder, and shortened contents."""
+    return {f"{PurePosixPath(name).parent}/{pseudonym('file', name, 12)}": content[:16] for name, content in listing.items()}
 
 
 def plan_stage(project: Project, root: Path, stage: Stage, key: str | None) -> Plan:
@@ -197,8 +206,9 @@ def run_stage(root: Path, name: str, key: str | None = None, *, force: bool = Fa
         quiet: no progress on stderr.
 
     Raises:
-        InputError: bad configuration, key, input or lock.
+        InputError: bad configuration, key, input or lock; a package below its floor.
     """
+    refuse_old_packages()
     root = root.resolve()
     if name not in STAGES:
         raise InputError(f"stage '{name}': unknown; valid: {', '.join(STAGES)}")
@@ -220,7 +230,8 @@ def run_stage(root: Path, name: str, key: str | None = None, *, force: bool = Fa
             with accelerator(stage, project, node, quiet), spool.open("a", encoding="utf-8") as stream, sampled() as usage:
                 started = time.time()
                 context = Context(key, root, work_dir, _logger(stream), _progress(node, quiet))
-                metrics = call(project, stage, key, part_dir, context)
+                with told_limits(stage, part_dir):
+                    metrics = call(project, stage, key, part_dir, context)
         except BaseException:
             shutil.rmtree(part_dir, ignore_errors=True)
             raise
@@ -237,6 +248,22 @@ def run_stage(root: Path, name: str, key: str | None = None, *, force: bool = Fa
         })
         shutil.rmtree(work_dir)
         return True
+
+
+@contextlib.contextmanager
+def told_limits(stage: Stage, folder: Path) -> Iterator[None]:
+    """Turn "out of memory" and "no space" into what to do about it. Raises :class:`StageError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StageError(f"{folder.parent}: no space left on the disk; free some and run the same command, which continues") from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        lower = MEMORY_SETTINGS.get(stage.function.partition(":")[0], "data.size")
+        raise StageError(f"{stage.name}: out of memory ({' '.join(str(error).split())[:120]}); lower {lower}, and run the same command") from error
 
 
 def call(project: Project, stage: Stage, key: str | None, out_dir: Path, context: Context) -> dict[str, float]:

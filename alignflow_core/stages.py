@@ -18,7 +18,7 @@ PACKAGE_DIR = Path(__file__).parent
 # Modules that carry values or run stages but decide nothing about their content: the values
 # reach a stage's fingerprint through its params, so a change here makes no artifact stale.
 PLUMBING = frozenset({"__init__", "__main__", "registry", "reward.registry", "painters.registry", "config", "validation", "stages", "runner",
-                      "artifact", "checkpoint", "errors", "devices"})
+                      "artifact", "checkpoint", "state", "errors", "devices"})
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,9 @@ STAGES: dict[str, Stage] = {
               "Segmenters of the arms that use the target's references."),
         Stage("evaluate", "metrics", "target", "evaluate:run",
               ("data:source", "data:target", "references", "sample_stage1", "sample_aligned", "filter",
-               "segment_source", "segment_target", "sample_comparator:all", "segment_comparator:all", "sample_paired"),
+               "segment_source", "segment_target", "image_flow:painter", "align", "sample_comparator:all", "segment_comparator:all", "sample_paired"),
               ("seed", "machine", "task", "evaluate", "targets.{key}.variant_of"), (), True, "6_results",
-              "Every arm on the target's held-out test images; image distances; copy check."),
+              "Every arm on the target's held-out test images; image distances; copy check; membership."),
         Stage("compare", "comparison", "project", "compare:run", ("evaluate:all",), ("seed", "evaluate"), (), False,
               "6_results", "Paired intervals and tests over all targets and arms."),
         Stage("report", "report", "project", "report:run",

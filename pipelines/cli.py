@@ -25,8 +25,8 @@ def parser() -> argparse.ArgumentParser:
                                   epilog="Exit codes: 0 fine, 1 failure, 2 bad input or usage, 3 something is stale.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str, epilog: str | None = None) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog)
         sub.set_defaults(command=command)
         return sub
 
@@ -150,6 +150,21 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
     sub.add_argument("--with-source", action="store_true", help="nnunet: the source's training pairs too; else synthetic pairs alone")
     sub.add_argument("--dataset-id", type=int, metavar="N", help="nnunet: number of the first target's dataset (default: 501)")
+    sub.add_argument("--pairs", type=int, metavar="N", help="at most so many pairs a target (default: all that are kept)")
+    sub.add_argument("--on-copy", choices=["block", "replace", "keep"], default="block",
+                     help="near copies of training or reference images: block refuses and names them (default), replace leaves them out and fills up "
+                          "from other kept pairs, keep writes them with a warning")
+    sub.add_argument("--accept-copies", action="store_true", help="needed with --on-copy keep: you know that patients' images may be among them")
+
+    sub = add("audit", audit, "copies of training or reference images among synthetic ones",
+              "Exit codes: 0 no copies, 1 copies found, 2 bad input, or too few real images held out to tell a copy from chance (not calibrated).")
+    sub.add_argument("dir", type=Path, metavar="DIR", help="folder of a run (all its kept pairs), or an exported folder with --against")
+    sub.add_argument("--against", type=Path, metavar="RUN", help="the run that an exported folder came from")
+    add_json(sub)
+
+    sub = add("case", case, "which files on this machine the opaque ids of reports and audits stand for")
+    sub.add_argument("ids", nargs="+", metavar="ID")
+    add_root(sub)
 
     sub = add("reference-kit", reference_kit, "a small folder with which a hospital measures its reference images, so that they can stay at home")
     sub.add_argument("run", type=Path, metavar="RUN", help="folder of a run or project; its source data and labeller are built if need be")
@@ -407,18 +422,47 @@ def reference_moments(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    """Synthetic pairs as files."""
-    from pipelines.export import FIRST_DATASET, export_folder, export_nnunet
+    """Synthetic pairs as files, past the copy audit."""
+    from pipelines.export import Gate, export_folder
+    from pipelines.nnunet import FIRST_DATASET, export_nnunet
 
+    gate = Gate(options.on_copy, options.accept_copies, options.pairs)
     if options.format == "nnunet":
-        counts = export_nnunet(options.run, options.out, options.with_source, FIRST_DATASET if options.dataset_id is None else options.dataset_id)
+        choices = export_nnunet(options.run, options.out, gate, options.with_source,
+                                FIRST_DATASET if options.dataset_id is None else options.dataset_id)
     elif options.with_source or options.dataset_id is not None:
         raise InputError("--with-source and --dataset-id are about nnU-Net datasets; add --format nnunet")
     else:
-        counts = export_folder(options.run, options.out)
-    for name, count in counts.items():
-        print(f"{options.out / name}: {count} pairs")
+        choices = export_folder(options.run, options.out, gate)
+    for target, choice in choices.items():
+        print(f"{options.out} {target}: {int(choice.rows.sum())} pairs")
+        if choice.left_out:
+            print(f"{target}: left out as near copies of real images: {', '.join(choice.left_out)}")
+        if options.on_copy == "keep":
+            print(f"warning: {target}: treat these pairs as patients' data; {len(choice.verdict.copies)} look copied", file=sys.stderr)
     return 0
+
+
+def case(options: argparse.Namespace) -> int:
+    """Opaque ids -> files, for the terminal of those who have the files and the key."""
+    from pipelines.audit import files_of
+
+    print("\n".join(f"{each}: {', '.join(map(str, files))}" for each, files in files_of(options.root, options.ids).items()))
+    return 0
+
+
+def audit(options: argparse.Namespace) -> int:
+    """Copies among synthetic images."""
+    from pipelines.audit import audit_folder, told
+
+    found = audit_folder(options.dir, options.against)
+    if options.json:
+        print(json.dumps({target: verdict.as_json() for target, verdict in found.items()}, indent=1))
+    else:
+        print("\n".join(told(target, verdict) for target, verdict in found.items()))
+    if any(verdict.copies for verdict in found.values()):
+        return 1
+    return 2 if any(verdict.missing for verdict in found.values()) else 0
 
 
 if __name__ == "__main__":

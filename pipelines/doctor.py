@@ -10,8 +10,10 @@ from pathlib import Path
 
 from alignflow_core.config import load_project
 from alignflow_core.errors import InputError
+from alignflow_core.floors import FLOORS, below
 
-PACKAGES = ("torch", "monai", "dagster", "dagster-webserver", "dvc", "mlflow", "pandas", "pyarrow", "hydra-core", "omegaconf", "pillow")
+PACKAGES = ("torch", "monai", "dagster", "dagster-webserver", "dvc", "mlflow", "pandas", "pyarrow", "hydra-core", "omegaconf", "pillow",
+            "safetensors")
 TELEMETRY_OFF = {"MLFLOW_DISABLE_TELEMETRY": "true", "DAGSTER_DISABLE_TELEMETRY": "1", "DVC_NO_ANALYTICS": "1"}
 FREE_GB = 2.0
 
@@ -30,7 +32,9 @@ def examine(root: Path) -> Iterator[Finding]:
     yield Finding("python", sys.version.split()[0])
     for package in PACKAGES:
         try:
-            yield Finding(package, version(package))
+            installed = version(package)
+            old = package in FLOORS and below(installed, FLOORS[package])
+            yield Finding(package, installed, f"older than {FLOORS[package]}, below which it is not safe: run 'make setup'" if old else "")
         except PackageNotFoundError:
             yield Finding(package, "missing", "run 'make setup'")
     for program in ("git", "dvc"):

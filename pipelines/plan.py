@@ -162,6 +162,9 @@ def _changed_files(recorded: Mapping[str, Any], dotted: str, raw: Path, root: Pa
     if before is None:
         yield f"reads other files now, those of {place}"
         return
+    if before and not before.keys() & now.keys() and set(before.values()) & set(now.values()):
+        yield f"files of {place} changed; which ones is unknown under another site key"
+        return
     counts: Counter[tuple[str, str]] = Counter()
     for name in before.keys() | now.keys():
         if before.get(name) != now.get(name):

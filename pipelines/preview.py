@@ -1,7 +1,7 @@
 """What a person wants to see of an artifact in Dagster: its numbers, where it lies, curves, tables, a few synthetic images.
 
-Real images never go in: Dagster's records are a place that training images must not leak to.
-Nor do columns that may hold names of patients.
+Real images and masks never go in: Dagster's records are a place that training images must not leak to. Nor do synthetic images
+painted from a real mask, those that filtering has refused as near copies, or columns that may hold names of patients.
 """
 
 import base64
@@ -58,9 +58,11 @@ def metadata(root: Path, stage: str, key: str | None, run: str | None = None) ->
 def _particulars(root: Path, stage: str, key: str | None, folder: Path) -> dict[str, Any]:
     """What only some stages have."""
     if stage == "sample_masks" and (folder / "masks.npy").exists():
-        return {"masks": _grid(None, _array(folder / "masks.npy"), range(N_IMAGES))}
+        rows = _drawn(folder)
+        return {"masks": _grid(None, _array(folder / "masks.npy"), rows)} if rows else {}
     if stage in ("sample_stage1", "sample_aligned") and (folder / "images.npy").exists():
-        return {"images": _painted(folder, range(N_IMAGES))}
+        rows = _drawn(folder)
+        return {"images": _painted(folder, rows)} if rows else {}
     if stage == "filter" and (folder / "manifest.parquet").exists():
         return _filtered(_read(folder / "manifest.parquet"), root / artifact_dir("sample_aligned", key))
     if stage == "align" and (folder / "verdict.json").exists():
@@ -83,9 +85,19 @@ def _filtered(verdicts: "pd.DataFrame", painted: Path) -> dict[str, Any]:
     reasons = verdicts["reason"][~kept].value_counts()
     found: dict[str, Any] = {"pairs": len(kept), "kept": int(kept.sum()), "reasons": dict(reasons.items())}
     if (painted / "images.npy").exists() and len(_array(painted / "images.npy")) == len(kept):
-        rows = {"kept": kept.nonzero()[0].tolist(), "refused": (~kept).nonzero()[0].tolist()}
+        refused = ~kept & (verdicts["reason"] != "near copy of a reference").to_numpy()
+        drawn = set(_drawn(painted, len(kept)))
+        rows = {name: [row for row in part.nonzero()[0].tolist() if row in drawn] for name, part in (("kept", kept), ("refused", refused))}
         found |= {f"images_{name}": _painted(painted, chosen) for name, chosen in rows.items() if chosen}
     return found
+
+
+def _drawn(folder: Path, most: int = N_IMAGES) -> list[int]:
+    """First rows whose mask is no training mask; all where the manifest does not say."""
+    table = _read(folder / "manifest.parquet") if (folder / "manifest.parquet").exists() else None
+    if table is None or "origin" not in table:
+        return list(range(most))
+    return [int(row) for row in (table["origin"] != "real").to_numpy().nonzero()[0][:most]]
 
 
 def _run_page(root: Path, run: str) -> dict[str, Any]:

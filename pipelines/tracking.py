@@ -25,7 +25,7 @@ from alignflow_core.networks.registry import prefix
 from alignflow_core.runner import provenance_file
 from alignflow_core.stages import STAGES, artifact_dir, node_id
 from pipelines import models
-from pipelines.versions import DIGEST_LENGTH, Versions
+from pipelines.versions import DIGEST_LENGTH, Versions, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -149,12 +149,12 @@ def _axes(root: Path, project: Project, stage: str, key: str | None) -> dict[str
 
 
 def _flat(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """Nested sections as dotted keys."""
+    """Nested sections as dotted keys; of a path outside the project only that it is one."""
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from _flat(inner, f"{where}.{key}" if where else str(key))
     else:
-        yield where, str(value)
+        yield where, shown(str(value))
 
 
 def _usage(provenance: Mapping[str, Any], started: int) -> "list[Metric]":

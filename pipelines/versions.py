@@ -69,10 +69,15 @@ class Versions:
         return {each["path"]: each["md5"] for each in self.locked.get(node_id(*node), {}).get(side, []) if "md5" in each}
 
 
+def shown(text: str) -> str:
+    """A setting or path as a shared record may show it: absolute paths tell of a machine, and can hold names."""
+    return "outside the project" if Path(text).is_absolute() else text
+
+
 def _dataset(name: str, path: str, content: str, md5: str | None) -> "Dataset":
     """The source says both hashes, the profile which of them is the digest."""
     from mlflow.entities import Dataset
 
-    source = {"path": path, "content": content} | ({"md5": md5} if md5 else {})
+    source = {"path": shown(path), "content": content} | ({"md5": md5} if md5 else {})
     profile = {"digest": "md5 of DVC" if md5 else "sha256 of AlignFlow, shortened"}
     return Dataset(name, (md5 or content)[:DIGEST_LENGTH], "dvc" if md5 else "artifact", json.dumps(source), profile=json.dumps(profile))

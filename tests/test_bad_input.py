@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from alignflow_core.config import Task
-from alignflow_core.data import check_folder
+from alignflow_core.data import case_id, check_folder
 from alignflow_core.errors import InputError
 from alignflow_core.runner import run_stage
 
@@ -192,7 +192,8 @@ def _stems(root: Path, split: str) -> list[str]:
     import pandas as pd
 
     table = pd.read_parquet(root / "artifacts/data/there/manifest.parquet")
-    return sorted(table.loc[table["split"] == split, "stem"])
+    stems = {case_id("there", file.stem): file.stem for file in (root / "there/images").iterdir()}
+    return sorted(stems[case] for case in table.loc[table["split"] == split, "case_id"])
 
 
 def test_references_that_are_test_images_stop_the_run(project: Path) -> None:
@@ -203,7 +204,8 @@ def test_references_that_are_test_images_stop_the_run(project: Path) -> None:
     with pytest.raises(InputError) as caught:
         run_stage(project, "references", "there", quiet=True)
     found = sorted(caught.value.problems)
-    assert len(found) == 2 and f"{second}.png: belongs to group" in found[0] and f"renamed.png: is the test image images/{first}.png" in found[1]
+    assert len(found) == 2 and f"{second}.png: belongs to the patient" in found[0]
+    assert f"renamed.png: is the test image {case_id('there', first)}" in found[1]
     assert not (project / "artifacts/references").exists() or not any((project / "artifacts/references").iterdir())
     (project / "refs/renamed.png").unlink()
     (project / "refs/groups.csv").write_text(f"stem,patient\n{second},somebody else\n")

@@ -113,10 +113,12 @@ def test_run_builds_a_report_then_finds_it_up_to_date_and_exports(phantom_root: 
     assert main([word for word in arguments if word != "--quiet"]) == 0
     told = capsys.readouterr().err
     assert "built in" not in told
-    assert told.count("up to date") == 16
+    assert told.count("up to date") == 17
     assert page.stat().st_mtime_ns == built
 
-    assert main(["export", str(out), "--out", str(tmp_path / "pairs")]) == 0
+    assert main(["export", str(out), "--out", str(tmp_path / "pairs")]) == 2
+    assert "not calibrated" in capsys.readouterr().err, "ten test images are too few"
+    assert main(["export", str(out), "--out", str(tmp_path / "pairs"), "--on-copy", "keep", "--accept-copies"]) == 0
     table = pd.read_csv(tmp_path / "pairs" / "amber" / "manifest.csv")
     kept = pd.read_parquet(out / artifact_dir("filter", "amber") / "manifest.parquet")["kept"].sum()
     for part in ("images", "masks"):
@@ -134,6 +136,16 @@ def test_interruption_is_exit_code_130(phantom_root: Path, tmp_path: Path, monke
     assert "the same command continues" in capsys.readouterr().err
 
 
+def write_banks(root: Path, n: int = 60) -> None:
+    """Data and references of noise, so that the copy audit has what it needs."""
+    rng = np.random.default_rng(1)
+    for node, m in (("data/standard", n), ("data/amber", n), ("data/violet", n), ("references/amber", 4), ("references/violet", 4)):
+        ids = [f"{node}{i}" for i in range(m)]
+        table = pd.DataFrame({"case_id": ids, "group": ids, "split": ["train" if i % 2 else "test" for i in range(m)]})
+        (root / "artifacts" / node).mkdir(parents=True)
+        write_pairs(root / "artifacts" / node, Pairs(rng.integers(0, 256, (m, 8, 8, 3), dtype=np.uint8), None, tuple(ids), table))
+
+
 def test_export_writes_masks_as_the_task_reads_them(smoke_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
     for target in ("amber", "violet"):
@@ -146,6 +158,7 @@ def test_export_writes_masks_as_the_task_reads_them(smoke_root: Path, tmp_path: 
         write_pairs(folders[0], Pairs(images, masks, tuple(ids), pd.DataFrame({"pair_id": ids, "mask_id": ids, "seed": range(4)})))
         pd.DataFrame({"pair_id": ids, "kept": [True, False, True, True], "reason": ["", "copy", "", ""],
                       "novelty": 1.0}).to_parquet(folders[1] / "manifest.parquet")
+    write_banks(smoke_root)
     out = tmp_path / "pairs"
     assert main(["export", str(smoke_root), "--out", str(out)]) == 0
     assert sorted(file.name for file in (out / "violet" / "masks").iterdir()) == ["p0.png", "p2.png", "p3.png"]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from alignflow_core.artifact import tree_hash
 from alignflow_core.config import Task
-from alignflow_core.data import check_folder, split_groups
+from alignflow_core.data import case_id, check_folder, split_groups
 from alignflow_core.errors import InputError
 from alignflow_core.pairs import read_pairs
 from alignflow_core.readers import ReadError, read_image, read_mask, resize_classes
@@ -142,10 +142,10 @@ def test_stage_data(project: Path) -> None:
     assert run_stage(project, "data", "there", quiet=True) and not run_stage(project, "data", "there", quiet=True)
     pairs = read_pairs(project / "artifacts/data/there")
     assert pairs.images.shape == (12, 24, 24, 3) and pairs.images.dtype == np.uint8 and pairs.labels.shape == (12, 24, 24)
-    assert list(pairs.table.columns) == ["case_id", "stem", "domain", "group", "split", "image_file", "mask_file", "image_sha256",
-                                         "mask_sha256", "width", "height"]
+    assert list(pairs.table.columns) == ["case_id", "domain", "group", "split", "image_sha256", "mask_sha256", "width", "height"]
     assert pairs.table.groupby("group")["split"].nunique().max() == 1
-    assert set(pairs.table["split"]) == {"train", "val", "test"} and set(pairs.table["group"]) == {"p0", "p1", "p2", "p3"}
+    assert set(pairs.table["split"]) == {"train", "val", "test"} and pairs.table["group"].nunique() == 4
+    assert pairs.table["case_id"].tolist() == [case_id("there", f"c{n:02d}") for n in range(12)], "in the order of the names"
     assert pairs.images[:, 8, 8, 0].tolist() == [100 + 5 * n for n in range(12)]
     assert (pairs.table["width"] == 30).all() and pairs.table["case_id"].is_unique
     before = tree_hash(project / "artifacts/data/there")
@@ -156,8 +156,8 @@ def test_equal_images_share_a_group_and_a_split(project: Path) -> None:
     for n in (5, 6, 7):
         (project / "here/images" / f"c{n:02d}.png").write_bytes((project / "here/images/c01.png").read_bytes())
     run_stage(project, "data", "here", quiet=True)
-    table = read_pairs(project / "artifacts/data/here").table.set_index("stem")
-    assert table.loc[["c01", "c05", "c06", "c07"], "group"].nunique() == 1
+    table = read_pairs(project / "artifacts/data/here").table.set_index("case_id")
+    assert table.loc[[case_id("here", f"c{n:02d}") for n in (1, 5, 6, 7)], "group"].nunique() == 1
     assert table.groupby("image_sha256")["split"].nunique().max() == 1
 
 
@@ -165,16 +165,16 @@ def test_drawn_references_come_from_the_training_split_and_nest(project: Path) -
     run_stage(project, "data", "there", quiet=True)
     run_stage(project, "references", "there", quiet=True)
     domain, drawn = read_pairs(project / "artifacts/data/there"), read_pairs(project / "artifacts/references/there")
-    assert list(drawn.table.columns) == ["case_id", "stem", "domain", "group", "role", "labelled", "image_file", "image_sha256", "width", "height"]
+    assert list(drawn.table.columns) == ["case_id", "domain", "group", "role", "labelled", "image_sha256", "width", "height"]
     train = domain.select((domain.table["split"] == "train").to_numpy())
-    for image, mask, stem in zip(drawn.images, drawn.labels, drawn.table["stem"], strict=True):
-        row = train.table.index[train.table["stem"] == stem][0]
+    for image, mask, case in zip(drawn.images, drawn.labels, drawn.ids, strict=True):
+        row = train.ids.index(case)
         assert np.array_equal(image, train.images[row]) and np.array_equal(mask, train.labels[row])
     assert drawn.table["role"].tolist() == ["align", "align", "held_out"] and drawn.table["labelled"].all()
     set_references(project, {"count": 2})
     run_stage(project, "references", "there", quiet=True)
     fewer = pd.read_parquet(project / "artifacts/references/there/manifest.parquet")
-    assert fewer["stem"].tolist() == drawn.table["stem"].tolist()[:2] and (fewer["role"] == "align").all()
+    assert fewer["case_id"].tolist() == list(drawn.ids[:2]) and (fewer["role"] == "align").all()
 
 
 def test_references_from_a_folder_without_labels(project: Path) -> None:

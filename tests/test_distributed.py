@@ -21,6 +21,7 @@ from alignflow_core.config import Times
 from alignflow_core.flow.loss import flow_matching_loss
 from alignflow_core.runner import run_stage
 from alignflow_core.seeding import generator
+from alignflow_core.state import load_state, states
 from pipelines.compose import write_params
 
 STEPS, STATE = 60, Path(".alignflow", "work", "image_flow", "state.safetensors")
@@ -133,12 +134,12 @@ def test_what_is_up_to_date_is_left_alone(by_two: Path) -> None:
 def test_interrupted_and_resumed_is_byte_equal(source_only: Callable[..., Path], by_two: Path, tmp_path: Path, number: signal.Signals) -> None:
     root = source_only(tmp_path / "stopped")
     process = torchrun(root, *STAGE)
-    while not (root / STATE).exists() and process.poll() is None:
+    while not states(root / STATE) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(number)
     code, said = finish(process)
     assert code != 0 and said.count("interrupted; the same command continues") == (number == signal.SIGINT), said
-    done = int(load_tensors(root / STATE)["done"][0])
+    done = int(load_state(root / STATE)["done"][0])
     assert 0 < done < STEPS and not (root / "artifacts" / "image_flow").exists()
     code, said = finish(torchrun(root, *STAGE))
     assert code == 0, said
@@ -172,7 +173,7 @@ def test_an_error_on_one_rank_ends_both_with_one_message(source_only: Callable[.
     code, said = finish(torchrun(root, "failing.py", how))
     ours = [line for line in said.splitlines() if line.startswith("error: ")]
     assert code != 0 and len(ours) == 1 and ours[0].startswith(message), said
-    assert int(load_tensors(root / STATE)["done"][0]) == 10, "the last state is kept"
+    assert int(load_state(root / STATE)["done"][0]) == 10, "the last state is kept"
     assert not list((root / "artifacts").glob("*image_flow*"))
 
 

@@ -11,9 +11,10 @@ import pytest
 
 from alignflow_core import compare, evaluate, report
 from alignflow_core.artifact import tree_hash, write_json
-from alignflow_core.config import Align, Evaluate, Machine, References, Report, SegmenterNetwork, Target, Task
+from alignflow_core.config import Align, Evaluate, Machine, Network, References, Report, SegmenterNetwork, Target, Task
 from alignflow_core.errors import InputError
 from alignflow_core.metrics import comparison
+from alignflow_core.networks import velocity_unet
 from alignflow_core.networks.registry import arm_folder
 from alignflow_core.networks.segmenters import build_segmenter, save_segmenter
 from alignflow_core.pairs import Pairs, write_pairs
@@ -25,8 +26,8 @@ TASK = Task(name="fundus", kind="refuge", classes=("disc", "cup"), nested=True)
 SOURCE, AMBER = (150, 80, 40), (170, 120, 30)
 SHARED = ("source", "stage1")
 OWN = ("aligned", "aligned+filtered", "oracle")
-CONFIG = SimpleNamespace(seed=0, machine=Machine(device="cpu", threads=1), task=TASK, evaluate=Evaluate(bootstrap=200), report=Report(examples=3), variant_of=None,
-                         targets={"amber": Target("amber")})
+CONFIG = SimpleNamespace(seed=0, machine=Machine(device="cpu", threads=1), task=TASK, evaluate=Evaluate(bootstrap=200), report=Report(examples=3),
+                         variant_of=None, targets={"amber": Target("amber")})
 
 
 def paint(n: int, colour: tuple[int, int, int], seed: int, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
@@ -94,8 +95,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.save(art / "sample_paired" / "amber" / "aligned.npy", real)
     pd.DataFrame({"case_id": ["am001e", "am0019"]}).to_parquet(art / "sample_paired" / "amber" / "manifest.parquet")
     curve = pd.DataFrame({"step": range(30), "metric": "loss", "value": np.linspace(1, 0.2, 30)})
+    network = Network((8, 16), (False, False), head_channels=8)
+    for stage, domain in (("image_flow", velocity_unet.SOURCE), ("align/amber", velocity_unet.TARGET)):
+        velocity_unet.save(art / stage, velocity_unet.build(3, 4, network, domain).state_dict(), 3, 4, network, domain=domain, clip=8.0)
     for stage in ("image_flow", "mask_flow", "align/amber"):
-        (art / stage).mkdir(parents=True)
+        (art / stage).mkdir(parents=True, exist_ok=True)
         curve.to_parquet(art / stage / "curves.parquet")
     looks = pd.DataFrame({"step": [0, 20, 40], "round": 0, "held_out_reward": [-3.0, -1.0, -1.2], "reward": [-3.0, -0.9, -1.0],
                           "diversity_ratio": [1, 0.95, 0.7], "velocity_ratio": [1, 1.02, 1.05], "agreement_ratio": [1, 0.9, 0.9],
@@ -127,6 +131,7 @@ EVALUATE_INPUTS = {
     "data:source": "data/standard", "data:target": "data/amber-clinic", "references": "references/amber", "sample_stage1": "sample_stage1",
     "sample_aligned": "sample_aligned/amber", "filter": "filter/amber", "segment_source": "segment_source", "segment_target": "segment_target/amber",
     "sample_paired": "sample_paired/amber",
+    "image_flow": "image_flow", "align": "align/amber",
 }
 REPORT_INPUTS = {
     "compare": "compare", "evaluate:amber": "evaluate/amber", "data:source": "data/standard", "references:amber": "references/amber",
@@ -186,6 +191,14 @@ def test_evaluate_numbers_are_fit_for_a_tracker(evaluated: Path):
     numbers = pd.read_json(evaluated / "metrics.json", typ="series")
     assert {"dice_aligned_plus_filtered", "iou_source", "segformer/dice_source", "obey_ratio", "obey_real_disc", "kid_aligned"} <= set(numbers.index)
     assert all(re.fullmatch(r"[\w\-. /]+", name) for name in numbers.index) and np.isfinite(numbers).all()
+
+
+def test_evaluate_asks_who_was_given(evaluated: Path):
+    numbers = pd.read_json(evaluated / "metrics.json", typ="series")
+    for name, members, others in (("source_stage1", 16, 24), ("source_aligned", 16, 24), ("references", 7, 16)):
+        assert (numbers[f"membership_members_{name}"], numbers[f"membership_others_{name}"]) == (members, others)
+        assert 0 <= numbers[f"membership_low_{name}"] <= numbers[f"membership_auc_{name}"] <= numbers[f"membership_high_{name}"] <= 1
+    assert list(pd.read_parquet(evaluated / "membership.parquet").columns) == ["set", "case_id", "member", "score"]
 
 
 def test_compare_has_the_contract(compared: Path):
@@ -264,7 +277,7 @@ def test_report_is_one_self_contained_page(project: Path, compared: Path):
     assert links and all(link.startswith(("data:", "#")) for link in links)
     assert "http" not in re.sub(r"data:[^\"]*", "", page) and "@import" not in page and "<script" not in page
     for words in ("id=\"summary\"", "Target amber", "Synthetic is not anonymous", "Copy check", "real against real", "pair000005", "Holm",
-                  "CMMD", "Vendi", "jackknife intervals"):
+                  "CMMD", "Vendi", "jackknife intervals", "Can one tell which images the generator was given"):
         assert words in page
     assert "secret_" not in page  # file names stay at home
     assert all(f'id="{link[1:]}"' in page for link in links if link.startswith("#"))

@@ -13,8 +13,9 @@ from alignflow_core.config import Task
 from alignflow_core.errors import InputError
 from alignflow_core.pairs import Pairs, write_pairs
 from alignflow_core.stages import artifact_dir
+from pipelines.audit import Verdict
 from pipelines.cli import main
-from pipelines.export import nnunet_description
+from pipelines.nnunet import nnunet_description
 
 KEPT = np.array([True, False, True, True])
 
@@ -26,6 +27,24 @@ def give(folder: Path, n: int, draw: int, **columns: object) -> Pairs:
     pairs = Pairs(rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8), rng.integers(0, 3, (n, 8, 8), dtype=np.uint8), tuple(table.iloc[:, 0]), table)
     write_pairs(folder, pairs)
     return pairs
+
+
+def verdict(ids: list[str], copied: str | None) -> Verdict:
+    """What an audit says that finds one copy, or none."""
+    table = pd.DataFrame({"pair_id": ids, "bank": "references", "nearest": "ref", "ratio": 0.1, "flagged": [each == copied for each in ids]})
+    return Verdict(tuple(ids), table, {}, [])
+
+
+@pytest.fixture(autouse=True)
+def audit(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
+    """The audit itself has tests of its own; here ``copied`` names the pair that it flags."""
+    found: dict[str, str | None] = {"copied": None}
+
+    def audit_run(run: Path, target: str, chosen: np.ndarray) -> Verdict:
+        return verdict([f"pair{i:06d}" for i in np.flatnonzero(chosen)], found["copied"])
+
+    monkeypatch.setattr("pipelines.export.audit_run", audit_run)
+    return found
 
 
 @pytest.fixture
@@ -70,14 +89,24 @@ def cases(dataset: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def test_a_dataset_per_target_of_synthetic_pairs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "nnUNet_raw"
     assert main(["export", str(run), "--format", "nnunet", "--out", str(out)]) == 0
-    assert {file.name for file in out.iterdir()} == {"Dataset501_amber", "Dataset502_violet"}
-    assert "Dataset502_violet: 3 pairs" in capsys.readouterr().out
+    assert {file.name for file in out.iterdir()} == {"Dataset501_amber", "Dataset502_violet", "audit.json"}
+    assert "violet: 3 pairs" in capsys.readouterr().out
     found = cases(out / "Dataset501_amber")
     assert set(found) == {"synthetic_pair000000", "synthetic_pair000002", "synthetic_pair000003"}
     images, masks = (np.load(run / artifact_dir("sample_aligned", "amber") / f"{name}.npy") for name in ("images", "masks"))
     assert all(np.array_equal(found["synthetic_pair000002"][i], array[2]) for i, array in enumerate((images, masks)))
     assert main(["export", str(run), "--format", "nnunet", "--out", str(out)]) == 2
     assert "exists" in capsys.readouterr().err and [file.name for file in tmp_path.iterdir() if "part" in file.name] == []
+
+
+def test_near_copies_do_not_leave_as_nnunet_either(run: Path, tmp_path: Path, audit: dict[str, str | None],
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    audit["copied"], out = "pair000002", tmp_path / "raw"
+    command = ["export", str(run), "--format", "nnunet", "--out", str(out)]
+    assert main(command) == 2
+    assert "pair000002" in capsys.readouterr().err and not out.exists()
+    assert main([*command, "--on-copy", "replace"]) == 0
+    assert set(cases(out / "Dataset501_amber")) == {"synthetic_pair000000", "synthetic_pair000003"}
 
 
 def test_with_the_source_s_training_pairs(run: Path, tmp_path: Path) -> None:

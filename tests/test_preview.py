@@ -140,6 +140,25 @@ def test_kept_and_refused_pairs(tmp_path: Path) -> None:
     assert abs(picture(found["images_refused"]).mean() - 100) < 2 and abs(picture(found["images_kept"]).mean() - 125) < 2
 
 
+def test_no_real_mask_and_no_near_copy(tmp_path: Path) -> None:
+    images = np.stack([np.full((8, 8, 3), value, np.uint8) for value in (50, 100, 200, 250)])
+    masks = np.zeros((4, 8, 8), np.uint8)
+    masks[:2] = 1
+    table = pd.DataFrame({"pair_id": list("abcd"), "origin": ["real", "flow", "flow", "real"]})
+    for node in ("sample_masks", "sample_stage1", "sample_aligned/amber"):
+        table.to_parquet(built(tmp_path, node, {}, images=images, masks=masks) / "manifest.parquet")
+    side = preview.SIDE
+    assert picture(preview.metadata(tmp_path, "sample_masks", None)["masks"]).shape[1] == 2 * side
+    assert abs(picture(preview.metadata(tmp_path, "sample_stage1", None)["images"])[4, [side // 2, 3 * side // 2], 0] - [100, 200]).max() < 3
+    folder = built(tmp_path, "filter/amber", {})
+    reasons = ["", "", "near copy of a reference", "implausible image"]
+    pd.DataFrame({"pair_id": list("abcd"), "kept": [True, True, False, False], "reason": reasons}).to_parquet(folder / "manifest.parquet")
+    found = preview.metadata(tmp_path, "filter", "amber")
+    assert "images_refused" not in found and abs(picture(found["images_kept"])[4, side // 2, 0] - 100) < 3
+    table.assign(origin="real").to_parquet(tmp_path / "artifacts/sample_masks/manifest.parquet")
+    assert "masks" not in preview.metadata(tmp_path, "sample_masks", None)
+
+
 def test_the_hash_that_dvc_has(tmp_path: Path) -> None:
     built(tmp_path, "align/amber", {})
     assert "dvc_md5" not in preview.metadata(tmp_path, "align", "amber"), "built without DVC"

@@ -341,6 +341,12 @@ def run_arguments(root: Path, references: Path, out: Path, *overrides: str) -> l
             "--task", "refuge", "--out", str(out), "--quiet", "profile=smoke", *overrides]
 
 
+def told_by_audit(run: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    main(["audit", str(run)])
+    return capsys.readouterr().out
+
+
 def test_run_from_a_file_of_moments_to_the_report(phantom_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Run with images, make a kit of it, apply it, run with the file alone."""
     from pipelines import checks, preview
@@ -374,7 +380,7 @@ def test_run_from_a_file_of_moments_to_the_report(phantom_root: Path, tmp_path: 
             if stage in ("references", "align"):
                 assert all(result.passed for name, result in results.items() if name != "diversity"), stage
     assert preview.metadata(out, "references", "amber")["n_references"] == 6
-    assert main(["export", str(out), "--out", str(tmp_path / "pairs")]) == 0
+    assert "references: a file of moments, no images here" in told_by_audit(out, capsys)
     assert plan(out) == []
     (tmp_path / "amber.safetensors").write_bytes((tmp_path / "amber.safetensors").read_bytes() + b"\0")
     assert ("references@amber", "1 reference file replaced") in plan(out)

@@ -49,4 +49,4 @@ def test_holm_by_hand():
 
 def test_group_means():
     values = np.array([[1.0, 0.0], [3.0, 2.0], [10.0, 4.0]])
-    assert group_means(values, np.array(["b", "b", "a"])).tolist() == [[10.0, 4.0], [2.0, 1.0]]
+    assert group_means(values, np.array(["b", "b", "a"])).tolist() == [[2.0, 1.0], [10.0, 4.0]]

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignflow_core.checkpoint import load_tensors
 from alignflow_core.config import Training
-from alignflow_core.errors import InputError, StageError
+from alignflow_core.errors import StageError
 from alignflow_core.flow.train import train
 from alignflow_core.seeding import generator
+from alignflow_core.state import load_state
 
 TRAINING = Training(steps=12, batch=4, lr=0.01, warm_up=3, save_every=5, log_every=1)
 
@@ -41,7 +41,7 @@ def fresh(folder: Path, act=lambda i: None):
 
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
-    return load_tensors(folder / "state.safetensors")
+    return load_state(folder / "state.safetensors")
 
 
 @pytest.mark.parametrize("stop", range(TRAINING.steps))
@@ -69,12 +69,5 @@ def test_not_a_number_stops_at_once_and_keeps_the_last_state(tmp_path: Path) -> 
 
     with pytest.raises(StageError, match="step 7"):
         train(model, step, TRAINING, tmp_path / "s.safetensors", lambda *_: None, lambda *_: None)
-    assert load_tensors(tmp_path / "s.safetensors")["done"][0] == 5
+    assert load_state(tmp_path / "s.safetensors")["done"][0] == 5
     assert all(p.isfinite().all() for p in model.parameters())
-
-
-def test_a_damaged_state_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "state.safetensors"
-    file.write_bytes(b"not a state")
-    with pytest.raises(InputError, match=r"state\.safetensors"):
-        fresh(tmp_path)()

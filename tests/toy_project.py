@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 REPOSITORY = Path(__file__).parents[1]
-PLUMBING = ("__init__", "__main__", "artifact", "config", "distributed", "errors", "registry", "networks/__init__", "networks/registry",
-            "reward/__init__", "reward/registry", "painters/__init__", "painters/registry", "runner", "stages", "usage", "validation")
+PLUMBING = ("__init__", "__main__", "artifact", "config", "distributed", "errors", "floors", "registry", "networks/__init__", "networks/registry",
+            "reward/__init__", "reward/registry", "painters/__init__", "painters/registry", "runner", "site_key", "stages", "usage", "validation")
 MODULES = ("data", "mask_flow", "image_flow", "sample", "segment", "labeller", "comparator", "align", "reward/distances", "reward/statconv",
            "filtering", "evaluate", "compare", "report")
 TARGETS = ("amber", "dim")

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from alignflow_core import distributed
-from alignflow_core.checkpoint import load_tensors, pack_optimiser, prefixed, save_tensors, section, unpack_optimiser, unwrap
+from alignflow_core.checkpoint import pack_optimiser, prefixed, section, unpack_optimiser, unwrap
 from alignflow_core.config import Training
 from alignflow_core.errors import StageError
 from alignflow_core.flow.ema import Ema
+from alignflow_core.state import ensure_space, load_state, save_state
+
+SAVES = 12  # three saves at once, each of weights, their average and two moments
 
 Log = Callable[[dict[str, float], int], None]
 Progress = Callable[[int, int, str], None]
@@ -30,13 +33,15 @@ def train(model: nn.Module, step: Callable[[int], dict[str, float]], training: T
     Args:
         step: ``step(i)`` leaves the gradients of step i in the parameters and returns numbers to log.
             It must depend on i alone (see ``seeding.py``): then a resumed run is the uninterrupted one, byte for byte.
-        state_file: safetensors file of the resumable state; read if there, written every ``save_every`` steps and on interruption.
+        state_file: of the resumable state (``state.py``); read if there, written every ``save_every`` steps and on interruption.
         on_step: called after each step with the number of steps done; true ends the training.
         extra: further tensors that belong to the state; its entries are replaced when a state is restored.
 
     Raises:
-        StageError: loss or gradient is not finite; the last good state stays on disk.
+        StageError: loss or gradient is not finite, or the disk is full; the last good state stays on disk.
+        InputError: too little space on the disk to begin.
     """
+    ensure_space(state_file.parent, SAVES * sum(p.numel() * p.element_size() for p in model.parameters()))
     optimiser = torch.optim.AdamW(model.parameters(), lr=training.lr, betas=(0.9, training.beta2),
                                   weight_decay=training.weight_decay, fused=True)
     ema, extra = Ema(unwrap(model), training.ema), {} if extra is None else extra
@@ -93,15 +98,15 @@ def _held_signals() -> Iterator[list[int]]:
 
 
 def _save(file: Path, done: tuple[int, bool], model: nn.Module, optimiser: torch.optim.Optimizer, ema: Ema, extra: dict[str, Tensor]) -> None:
-    save_tensors(file, {"done": torch.tensor([*done, ema.updates]), **prefixed("model", unwrap(model).state_dict()),
-                        **prefixed("optimiser", pack_optimiser(optimiser)), **prefixed("ema", ema.shadow), **prefixed("extra", extra)})
+    save_state(file, done[0], {"done": torch.tensor([*done, ema.updates]), **prefixed("model", unwrap(model).state_dict()),
+                               **prefixed("optimiser", pack_optimiser(optimiser)), **prefixed("ema", ema.shadow), **prefixed("extra", extra)})
 
 
 def _restore(file: Path, model: nn.Module, optimiser: torch.optim.Optimizer, ema: Ema, extra: dict[str, Tensor]) -> tuple[int, bool]:
     """Put a saved state back; returns the steps done and whether training had ended; (0, False) without a state."""
-    if not file.exists():
+    state = load_state(file)
+    if not state:
         return 0, False
-    state = load_tensors(file)
     unwrap(model).load_state_dict(section("model", state))
     unpack_optimiser(optimiser, section("optimiser", state))
     for name, value in section("ema", state).items():

@@ -29,7 +29,7 @@ def compare(values: pd.DataFrame, settings: Evaluate, seed: int) -> pd.DataFrame
     frames = []
     for target, segmenter, metric in _distinct(values, "target", "segmenter", "metric"):
         part = values[(values["target"] == target) & (values["segmenter"] == segmenter) & (values["metric"] == metric)]
-        images = part.pivot_table(index=["group", "case_id"], columns="arm", values="value", aggfunc="mean")  # over classes and seeds
+        images = part.groupby(["group", "case_id", "arm"], sort=False)["value"].mean().unstack("arm", sort=False)  # over classes and seeds
         units = group_means(images.to_numpy(), images.index.get_level_values("group").to_numpy())
         arms = {arm: units[:, images.columns.get_loc(arm)] for arm in in_order(images.columns)}
         rng = np.random.Generator(np.random.PCG64(derive_seed(seed, "compare", target, metric)))

@@ -12,8 +12,13 @@ import numpy as np
 from PIL import Image
 from scipy.stats import betabinom
 
+from alignflow_core.metrics.likeness import details, unlikeness
+
 SIDE = 16
 SOURCE_POOL = 400  # source images from which mock reference sets are drawn
+TAIL = 4.0  # deviations below the median ratio of real images at which a flag begins: of a normal law 1 in 30 000 lies lower
+TWICE = 6.0  # deviations below the median at which a held-out image is no yardstick: somebody is in the bank and held out, under two names
+LEAST_HELD_OUT = 20  # real images that a threshold can be read off: fewer leave false flags above 1 in 21
 
 
 @dataclass(frozen=True)
@@ -22,11 +27,12 @@ class CopyCheck:
 
     Attributes:
         nearest: row of the nearest bank image, int [N].
-        distance: to that image, root mean square of standardised pixels, [N].
+        distance: to that image (:func:`alignflow_core.metrics.likeness.unlikeness`; 0 is a copy, 1 unrelated), [N].
         ratio: that distance over the distance to the nearest held-out image, [N]; small means copied.
         threshold: ratios below it are flagged.
         flagged: bool [N].
-        rank, n_calibration: the threshold is the rank-th smallest ratio of so many held-out images.
+        rank, n_calibration: the threshold is at most the rank-th smallest ratio of so many held-out images.
+        n_twice: held-out images that are themselves near copies of bank images, and left out of the calibration.
     """
 
     nearest: np.ndarray
@@ -36,14 +42,20 @@ class CopyCheck:
     flagged: np.ndarray
     rank: int
     n_calibration: int
+    n_twice: int = 0
 
     @property
     def false_flag_rate(self) -> float:
-        """Probability that a fresh real image is flagged (exact if it is exchangeable with the held-out ones)."""
+        """Bound on the probability that a fresh real image is flagged (if it is exchangeable with the held-out ones)."""
         return self.rank / (self.n_calibration + 1) if self.rank else float("nan")
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether enough real images were held out for the threshold to mean something."""
+        return self.rank > 0 and self.n_calibration >= LEAST_HELD_OUT
+
     def chance(self, n: int) -> float:
-        """Flags among n fresh real images that chance explains: 95 % quantile of the exact (beta-binomial) law, NaN if uncalibrated."""
+        """Flags among n fresh real images that chance explains at most: 95 % quantile of the beta-binomial law, NaN if uncalibrated."""
         return float(betabinom.ppf(0.95, n, self.rank, self.n_calibration + 1 - self.rank)) if self.rank else float("nan")
 
 
@@ -68,28 +80,39 @@ def distances(queries: np.ndarray, bank: np.ndarray) -> np.ndarray:
 def copy_check(queries: np.ndarray, bank: np.ndarray, held_out: np.ndarray, groups: np.ndarray, quantile: float) -> CopyCheck:
     """Flag the queries that lie closer to the bank than real images do.
 
+    The threshold is the lower of two: the ``quantile`` of real images' ratios, and their median less :data:`TAIL` deviations. The
+    first bounds false flags without any law; the second, where ratios spread as they usually do, makes them so rare that a large
+    set is not flagged by its size alone. Held-out images that are near copies of bank images (an eye photographed twice, under two
+    names) are set aside first: a single one of them would make the check blind.
+
     Args:
         queries, bank, held_out: uint8 [N, H, W, 3], at least one bank image.
         groups: patient or sequence of each held-out image; a held-out image is not compared with its own group,
             or the frames of one video would look like copies of each other.
-        quantile: share of real images that may be flagged. With n held-out images the least possible is 1 / (n + 1).
+        quantile: share of real images that may be flagged. With n held-out images the least possible bound is 1 / (n + 1).
 
     Returns:
         A check whose ratios are NaN and flags false where fewer than two groups are held out.
     """
-    small_bank, small_held, small = thumbnails(bank), thumbnails(held_out), thumbnails(queries)
-    to_bank = distances(small, small_bank)
-    nearest = to_bank.argmin(1)
-    distance = to_bank.min(1)
+    known, unseen, asked = details(bank), details(held_out), details(queries)
+    to_bank = unlikeness(asked, known)
+    nearest, distance = to_bank.argmin(1), to_bank.min(1)
     if len(set(groups)) < 2:
         return CopyCheck(nearest, distance, np.full(len(queries), np.nan), float("nan"), np.zeros(len(queries), bool), 0, 0)
-    ratio = distance / np.maximum(distances(small, small_held).min(1), 1e-9)
-    among = distances(small_held, small_held)
-    among[groups[:, None] == groups[None, :]] = np.inf
-    calibration = np.sort(distances(small_held, small_bank).min(1) / np.maximum(among.min(1), 1e-9))
-    rank = max(1, int(quantile * (len(held_out) + 1)))
-    threshold = float(calibration[rank - 1])
-    return CopyCheck(nearest, distance, ratio, threshold, ratio < threshold, rank, len(held_out))
+    ratio = distance / unlikeness(asked, unseen).min(1)
+    among = unlikeness(unseen, unseen, barred=groups[:, None] == groups[None, :])
+    real = unlikeness(unseen, known).min(1) / among.min(1)
+    twice = real < _below_median(real, TWICE)
+    calibration = np.sort(real[~twice])
+    rank = max(1, int(quantile * (len(calibration) + 1)))
+    threshold = min(float(calibration[rank - 1]), _below_median(real, TAIL))
+    return CopyCheck(nearest, distance, ratio, threshold, ratio < threshold, rank, len(calibration), int(twice.sum()))
+
+
+def _below_median(ratios: np.ndarray, deviations: float) -> float:
+    """Median less so many deviations, of the logarithms; the deviation from the lower quartile, which few odd images do not move."""
+    low, middle = np.quantile(np.log(ratios), [0.25, 0.5])
+    return float(np.exp(middle - deviations * (middle - low) / 0.6745))
 
 
 def novelty_check(queries: np.ndarray, references: np.ndarray, source: np.ndarray, groups: np.ndarray, quantile: float,

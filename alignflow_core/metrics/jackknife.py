@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from scipy.stats import t as student
 
 BLOCKS = 20
@@ -30,8 +31,11 @@ class Estimate:
 
 
 def deal(groups: np.ndarray, blocks: int, rng: np.random.Generator) -> np.ndarray:
-    """Number of the block of every image, int [n]: whole groups (patients or sequences) dealt at random, as equally as they go."""
-    names, index = np.unique(groups, return_inverse=True)
+    """Number of the block of every image, int [n]: whole groups (patients or sequences) dealt at random, as equally as they go.
+
+    Groups count in order of appearance: sorted by their opaque ids, the blocks would depend on the key of the ids.
+    """
+    index, names = pd.factorize(groups)
     block_of = rng.permutation(len(names)) % min(blocks, max(len(names), 1))
     return np.asarray(block_of[index])
 

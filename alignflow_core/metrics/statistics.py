@@ -7,8 +7,13 @@ FEWEST = 6  # pairs: below this no signed-rank test can reach p < .05
 
 
 def group_means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Average [n, k] rows within groups (patients or sequences), groups in sorted order: images of one patient are not independent."""
-    _, index, count = np.unique(groups, return_inverse=True, return_counts=True)
+    """Average [n, k] rows within groups (patients or sequences), in order of appearance: images of one patient are not independent.
+
+    Sorted by their opaque ids, groups would make the resamples of an interval depend on the key of the ids.
+    """
+    _, first, sorted_index, sorted_count = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
+    order = np.argsort(first)
+    index, count = np.argsort(order)[sorted_index], sorted_count[order]
     total = np.zeros((len(count), values.shape[1]))
     np.add.at(total, index, values)
     return total / count[:, None]
