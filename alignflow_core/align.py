@@ -6,6 +6,9 @@ Our choice: half of L_fm is taken in the target's domain, on source pairs in the
 
 Steps are shared by rounds. A round labels the references with the present segmenter, describes them region by region, and
 tunes the painter; the segmenter is then retrained on pairs of the tuned painter, which look more like the target's.
+
+A reference set may be a file of moments alone (``reference_moments.py``): then there is one round, no recolouring, and nobody can say whether
+samples copy references.
 """
 
 import dataclasses
@@ -32,10 +35,13 @@ from alignflow_core.masks import condition
 from alignflow_core.networks import lora, velocity_unet
 from alignflow_core.networks.segmenters import load_segmenter, mean_dice, predict, stored_network
 from alignflow_core.pairs import Pairs, read_pairs, to_bytes, to_unit
+from alignflow_core.reference_instrument import instrument_of, probe_features, refuse_other_instrument
+from alignflow_core.reference_moments import MOMENTS_FILE, ReferenceMoments, read_moments
 from alignflow_core.reward import regions
 from alignflow_core.reward.encoders import Material, Standardised, build
 from alignflow_core.reward.gates import RATIOS, Probe, closeness, failures
 from alignflow_core.reward.gradient import SCHEMES, Rewarded
+from alignflow_core.reward.moments import Moments
 from alignflow_core.reward.objective import Known, Objective, steadied
 from alignflow_core.reward.recolour import recolour, refocus, spectral_gain, spectrum
 from alignflow_core.seeding import derive_seed, generator
@@ -45,6 +51,7 @@ CALIBRATION_BATCHES = 4
 PROBE_REPEATS = 4
 SPECTRUM_IMAGES = 64
 COLUMNS = ("step", "round", "held_out_reward", "reward", *RATIOS)
+NO_COPY_GATE = "not measured: the references are moments, and only their images could tell whether samples copy them"
 
 Weights = dict[str, Tensor]
 
@@ -56,7 +63,7 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
     ``verdict.json`` (why each round ended and which weights were kept).
 
     Raises:
-        InputError: ``align.regions: labels`` without labels, or an encoder without its weights.
+        InputError: ``align.regions: labels`` without labels, an encoder without its weights, or moments of another kit.
     """
     return _Alignment(config, inputs, context).run(out_dir)
 
@@ -91,6 +98,7 @@ class _Alignment:
         self.labeller = load_segmenter(inputs["labeller"], self.device)
         self.objective = Objective(Standardised(encoder, self.images, self._regions(self.labels)), self.settings)
         self.probe, self.probe_labels = self._probe()
+        self.given = self._given()
 
     def run(self, out_dir: Path) -> dict[str, float]:
         """All rounds; see :func:`run` of the module."""
@@ -114,14 +122,14 @@ class _Alignment:
         table = pd.concat(looks, ignore_index=True)
         table["best"] = (table["round"] == n_rounds - 1) & (table["step"] == verdicts[-1]["best_step"])
         table.to_parquet(out_dir / "gates.parquet", index=False)
-        write_json(out_dir / "verdict.json", {"rounds": verdicts})
+        write_json(out_dir / "verdict.json", {"rounds": verdicts} | ({} if self.given is None else {"copy_gate": NO_COPY_GATE}))
         self._save(out_dir, weights)
         chosen, start = table[table["best"]].iloc[0], table.iloc[0]
         return {"best_step": float(chosen["step"]), "steps": float(table["step"].iloc[-1]), "reward_weight": balance,
                 "reward_before": float(start["reward"]), "reward_after": float(chosen["reward"]),
                 "held_out_before": float(start["held_out_reward"]), "held_out_after": float(chosen["held_out_reward"]),
-                **{name: float(chosen[name]) for name in RATIOS}, "gate_failures": float((table["failed"] != "").sum()),
-                "n_references": float(len(self.references)), "n_aligning": float(self.aligning.sum())}
+                **{name: float(chosen[name]) for name in self._ratios()}, "gate_failures": float((table["failed"] != "").sum()),
+                **self._numbers()}
 
     def _round(self, number: int, first: int, steps: int, start: Weights, known: Known, balance: float,
                look: Callable[[nn.Module], dict[str, float]]) -> tuple[Weights, pd.DataFrame, dict[str, Any]]:
@@ -133,7 +141,7 @@ class _Alignment:
 
         def record(model: nn.Module, done: int) -> None:
             seen = look(model)
-            context.log(seen, first + done)
+            context.log({name: value for name, value in seen.items() if name not in RATIOS or name in self._ratios()}, first + done)
             row = torch.tensor([[first + done, number, *(seen[name] for name in COLUMNS[2:])]], dtype=torch.float64)
             state["looks"] = torch.cat([state["looks"], row])
 
@@ -269,7 +277,10 @@ class _Alignment:
         def facts(images: Tensor) -> tuple[list[Tensor], float, float, float]:
             features, seen = self._features(images, self.probe_labels), to_bytes(images)
             agreement = float(mean_dice(predict(self.labeller, seen, self.task, self.device), probe_labels, self.task).mean())
-            return features, self.probe.diversity(features[0]), agreement, closeness(seen, shown[0], closest)
+            return features, self.probe.diversity(features[0]), agreement, closest_reference(seen)
+
+        def closest_reference(seen: np.ndarray) -> float:
+            return closeness(seen, shown[0], closest) if len(shown[0]) else math.nan
 
         _, *base = facts(base_images)
 
@@ -284,6 +295,9 @@ class _Alignment:
 
     def _describe(self) -> tuple[Known, Known]:
         """What is known of the aligning and of the held-out references; sets what recolouring needs of them."""
+        if self.given is not None:
+            sets = self.given.sets
+            return self.objective.known(sets["align"]), self.objective.known(sets.get("held_out", sets["align"]))
         if self.settings.regions == "labels":
             membership = self._regions(torch.from_numpy(np.array(self.references.labels)).to(self.device))
         elif self.settings.regions == "pseudo":
@@ -297,6 +311,29 @@ class _Alignment:
         self.gain = self._spectral_gain()
         aligning, held_out = (self.objective.describe(self.reference_images[rows], membership[rows]) for rows in chosen)
         return aligning, held_out
+
+    def _given(self) -> ReferenceMoments | None:
+        """The reference set where it is a file of moments that fits this painter's source, encoder and labeller."""
+        file = self.inputs["references"] / MOMENTS_FILE
+        if not file.exists():
+            return None
+        given, encoder = read_moments(file), self.objective.encoder
+        own = instrument_of(self.settings, self.task, self.source, self.inputs["labeller"], self.inputs["image_flow"])
+        refuse_other_instrument(given, own, probe_features(encoder, own["size"], self.device), f"references of target {self.context.key}")
+        sets: dict[str, list[Moments | None]] = {
+            role: [None if each is None else Moments(each.count, each.mean.to(self.device), each.variance.to(self.device)) for each in found]
+            for role, found in given.sets.items()}
+        return dataclasses.replace(given, sets=sets)
+
+    def _ratios(self) -> tuple[str, ...]:
+        """The gates' ratios that can be measured."""
+        return RATIOS if self.given is None else tuple(name for name in RATIOS if name != "copy_ratio")
+
+    def _numbers(self) -> dict[str, float]:
+        """How many references there are, and how many are aligned to."""
+        found = {"align": int(self.aligning.sum()), "held_out": len(self.references) - int(self.aligning.sum())} \
+            if self.given is None else self.given.n_images
+        return {"n_references": float(sum(found.values())), "n_aligning": float(found["align"])}
 
     def _relabel(self, weights: Weights, number: int) -> None:
         """Retrain the labeller on source pairs and pairs of the tuned painter."""

@@ -25,6 +25,11 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return {file.relative_to(folder).as_posix(): file_hash(file) for file in sorted(p for p in folder.rglob("*") if p.is_file())}
 
 
+def raw_hashes(path: Path) -> dict[str, str]:
+    """:func:`file_hashes` of a raw folder; of a raw file its name and hash."""
+    return {path.name: file_hash(path)} if path.is_file() else file_hashes(path)
+
+
 def tree_hash(folder: Path) -> str:
     """SHA-256 over the sorted relative names and contents of a folder (or of one file)."""
     return file_hash(folder) if folder.is_file() else listing_hash(file_hashes(folder))

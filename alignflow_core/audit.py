@@ -23,9 +23,10 @@ class Bank:
 
 
 def banks(source: Pairs, references: Pairs, test: Pairs) -> dict[str, Bank]:
-    """References against the target's test images, the source's training images against its other splits."""
+    """References, where there are images of them, against the target's test images, the source's training images against its other splits."""
     train = (source.table["split"] == "train").to_numpy()
-    return {"references": Bank(references, test), "source": Bank(source.select(train), source.select(~train))}
+    shown = {"references": Bank(references, test)} if len(references) else {}
+    return shown | {"source": Bank(source.select(train), source.select(~train))}
 
 
 def check(images: np.ndarray, known: Mapping[str, Bank], quantile: float) -> dict[str, CopyCheck]:

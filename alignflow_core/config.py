@@ -11,7 +11,7 @@ import yaml
 from alignflow_core.errors import InputError
 from alignflow_core.networks.registry import ARCHITECTURES
 from alignflow_core.painters.registry import CONDITIONERS, OBJECTIVES, ON_A_FROZEN_BASE, PROCESSES
-from alignflow_core.reward.registry import DISTANCES, ENCODERS
+from alignflow_core.reward.registry import DISTANCES, ENCODERS, FROM_MOMENTS, PORTABLE_ENCODERS
 from alignflow_core.stages import Graph
 from alignflow_core.validation import at_least, between, build, nearest, one_of, positive
 
@@ -85,19 +85,23 @@ class Domain:
 
 @dataclass(frozen=True)
 class References:
-    """The reference set: ``count`` images drawn from the target's training split by ``seed``, or a folder ``dir``.
+    """The reference set: ``count`` images drawn from the target's training split by ``seed``, or a folder ``dir``, or a ``file`` of moments
+    that ``alignflow reference-moments`` wrote where the images are (``docs/reference-kit.md``).
 
-    ``held_out_fraction`` of them steer when alignment stops and are not aligned to.
+    ``held_out_fraction`` of them steer when alignment stops and are not aligned to; a ``file`` was split when it was made.
     """
 
     count: int = 10
     seed: int = 0
     dir: str | None = None
+    file: str | None = None
     held_out_fraction: float = 0.3
 
     def __post_init__(self) -> None:
         at_least("references.count", self.count, 1)
         between("references.held_out_fraction", self.held_out_fraction, 0.0, 0.9)
+        if self.dir is not None and self.file is not None:
+            raise InputError("references: dir and file are both given; set one of them to null")
 
 
 @dataclass(frozen=True)
@@ -359,6 +363,27 @@ class Target:
         if unknown:
             raise InputError(*(f"arms: unknown arm '{arm}'{nearest(arm, TARGET_ARMS)}" for arm in unknown))
         between("synthetic_share", self.synthetic_share or 0.0, 0.0, 1.0)
+        if self.references.file is not None:
+            problems = list(_needs_images(self.align))
+            if problems:
+                raise InputError(*problems)
+
+
+def _needs_images(align: Align) -> typing.Iterator[str]:
+    """Why this way of aligning cannot do with a file of moments, each with what to set."""
+    words = "references.file holds moments and no images"
+    if align.reward not in FROM_MOMENTS:
+        yield f"align.reward: {words}, '{align.reward}' compares with each of them; choose one of {', '.join(FROM_MOMENTS)}"
+    if align.encoder not in PORTABLE_ENCODERS:
+        yield f"align.encoder: {words}, and a reference kit cannot hold '{align.encoder}'; choose one of {', '.join(PORTABLE_ENCODERS)}"
+    if align.regions == "labels":
+        yield f"align.regions: {words}, and its regions are pseudo-masks; set align.regions=pseudo or none"
+    if align.denoise == "references":
+        yield f"align.denoise: {words} to train on; set align.denoise=source"
+    if align.recolour:
+        yield f"align.recolour: {words} to take colours from; set align.recolour=false"
+    if align.regions == "pseudo" and align.rounds != 1:
+        yield f"align.rounds: {words} to label anew between rounds; set align.rounds=1"
 
 
 @dataclass(frozen=True)
@@ -520,6 +545,9 @@ class Project:
             elif target.domain == self.source:
                 problems.append(f"targets.{name}.domain: '{target.domain}' is the source; name another domain")
         problems += [f"comparators.{name}: is the name of an arm; choose another" for name in self.comparators if name in ARMS]
+        if self.filter.match_areas:
+            problems += [f"filter.match_areas: needs the reference images of every target, targets.{name}.references.file holds moments alone; "
+                         "set filter.match_areas=false" for name, target in self.targets.items() if target.references.file is not None]
         if not self.targets:
             problems.append("targets: none given; name at least one target domain")
         if problems:

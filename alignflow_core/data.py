@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val", "test")
 KEY_FILE = "site_key.json"  # which key the ids are of
+REFERENCE_COLUMNS = {"case_id": "str", "domain": "str", "group": "str", "role": "str", "labelled": "bool", "image_sha256": "str", "width": "int64",
+                     "height": "int64"}
 
 
 def split_groups(groups: Sequence[str], shares: tuple[float, float, float], seed: int, domain: str) -> dict[str, str]:
@@ -79,16 +81,19 @@ def run_references(config: Any, inputs: Mapping[str, Path], out_dir: Path, conte
     """Stage ``references``: the target images that the method may see, in an order drawn by ``references.seed``.
 
     Either ``count`` images of the domain's training split (a smaller count is a subset of a larger), or a folder of their own.
-    The last ``held_out_fraction`` of them steer when alignment stops.
+    The last ``held_out_fraction`` of them steer when alignment stops. Or a file of moments: then there are no rows, and ``moments.safetensors``.
 
     Raises:
-        InputError: too few images; a reference that is in the test split by content or by group; the domain's ids are of another site key.
+        InputError: too few images; a reference that is in the test split by content or by group; the domain's ids are of another site key;
+            a file of moments that cannot be used.
     """
     import pandas as pd
 
-    from alignflow_core.seeding import derive_seed
+    from alignflow_core.reference_roles import in_drawn_order, roles
 
     wanted, domain = config.references, config.target_domain
+    if wanted.file is not None:
+        return _moments_alone(context.root / wanted.file, config, out_dir)
     _refuse_other_key(inputs["data:target"])
     manifest = pd.read_parquet(inputs["data:target"] / "manifest.parquet")
     if wanted.dir is None:
@@ -96,14 +101,14 @@ def run_references(config: Any, inputs: Mapping[str, Path], out_dir: Path, conte
         if len(table) < wanted.count:
             raise InputError(f"targets.{context.key}.references.count: {wanted.count} wanted, the training split of '{domain}' has {len(table)}; "
                              "lower the count or give references.dir")
-        drawn = sorted(table.index, key=lambda i: derive_seed(wanted.seed, "references", table.at[i, "image_sha256"]))[:wanted.count]
+        drawn = table.index[in_drawn_order(table["image_sha256"].tolist(), wanted.seed)[:wanted.count]]
         table = table.loc[drawn]
         for name in ("images.npy", "masks.npy"):
             np.save(out_dir / name, np.load(inputs["data:target"] / name, mmap_mode="r")[drawn])
         labelled, places = True, [f"{domain}: case {case}" for case in table["case_id"]]
     else:
         listing = check_folder(context.root / wanted.dir, config.task, labelled=False, root=context.root)
-        cases = sorted(listing.cases, key=lambda case: derive_seed(wanted.seed, "references", case.stem))
+        cases = [listing.cases[i] for i in in_drawn_order([case.stem for case in listing.cases], wanted.seed)]
         known = dict(zip(manifest["case_id"], manifest["group"], strict=True))
         own_groups = any((listing.folder / name).exists() for name in GROUP_FILES)
         listing = replace(listing, cases=tuple(cases))
@@ -115,12 +120,31 @@ def run_references(config: Any, inputs: Mapping[str, Path], out_dir: Path, conte
     _refuse_test_images(table, places, manifest[manifest["split"] == "test"], domain)
     if wanted.dir is not None:
         _write_arrays(listing, config.task, config.data.size, out_dir, context.progress)
-    n = len(table)
-    n_held_out = max(1, round(wanted.held_out_fraction * n)) if n >= 3 and wanted.held_out_fraction > 0 else 0
-    table = table.assign(role=["align"] * (n - n_held_out) + ["held_out"] * n_held_out, labelled=labelled)
-    columns = ["case_id", "domain", "group", "role", "labelled", "image_sha256", "width", "height"]
-    table[columns].to_parquet(out_dir / "manifest.parquet", index=False)
-    return {"n_references": float(n), "n_align": float(n - n_held_out), "n_held_out": float(n_held_out), "labelled": float(labelled)}
+    table = table.assign(role=roles(len(table), wanted.held_out_fraction), labelled=labelled)
+    table[[*REFERENCE_COLUMNS]].to_parquet(out_dir / "manifest.parquet", index=False)
+    n_held_out = int((table["role"] == "held_out").sum())
+    return _reference_numbers(len(table) - n_held_out, n_held_out, labelled)
+
+
+def _moments_alone(file: Path, config: Any, out_dir: Path) -> dict[str, float]:
+    """A reference set that is a file of moments: no rows, and the moments. That none of its images is a test image nobody can check here."""
+    import pandas as pd
+
+    from alignflow_core.reference_moments import MOMENTS_FILE, read_moments, write_moments
+
+    given, size = read_moments(file), config.data.size
+    if given.instrument.get("size") != size:
+        raise InputError(f"{file}: was measured at {given.instrument.get('size')!r} pixels, data.size is {size}; make a kit of this run "
+                         "(alignflow reference-kit) and ask for its moments")
+    write_moments(out_dir / MOMENTS_FILE, given)
+    np.save(out_dir / "images.npy", np.empty((0, size, size, 3), np.uint8))
+    table = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in REFERENCE_COLUMNS.items()})
+    table.to_parquet(out_dir / "manifest.parquet", index=False)
+    return _reference_numbers(given.n_images["align"], given.n_images.get("held_out", 0), labelled=False)
+
+
+def _reference_numbers(n_align: int, n_held_out: int, labelled: bool) -> dict[str, float]:
+    return {"n_references": float(n_align + n_held_out), "n_align": float(n_align), "n_held_out": float(n_held_out), "labelled": float(labelled)}
 
 
 def _row(case: Case, domain: str) -> dict[str, object]:

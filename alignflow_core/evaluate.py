@@ -37,7 +37,7 @@ MAP_SIZE = 200  # images of one set in features.parquet
 
 @dataclass(frozen=True)
 class Measured:
-    """The pairs that this stage reads, each loaded once."""
+    """The pairs that this stage reads, each loaded once; no references where they are moments alone."""
 
     source: Pairs
     test: Pairs
@@ -46,6 +46,11 @@ class Measured:
     aligned: Pairs
     kept: np.ndarray
     comparators: Mapping[str, Pairs]
+
+    @property
+    def shown_references(self) -> dict[str, Pairs]:
+        """The references under their name among the image sets, if there are images of them."""
+        return {"references": self.references} if len(self.references) else {}
 
 
 def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, context: Context) -> dict[str, float]:
@@ -142,7 +147,7 @@ def _image_distances(data: Measured, target: str, seed: int) -> tuple[pd.DataFra
     """Distances of every image set to the real target test images, and the vectors of the map."""
     train = data.source.select((data.source.table["split"] == "train").to_numpy())
     space = FeatureSpace.fit(train.images)
-    sets = {"source": train, "references": data.references, "target test": data.test,
+    sets = {"source": train, **data.shown_references, "target test": data.test,
             **data.comparators, "stage1": data.stage1, "aligned": data.aligned}
     vectors = {name: space(pairs.images) for name, pairs in sets.items()}
     features = pd.concat([_map_rows(name, pairs.ids, vectors[name]) for name, pairs in sets.items()], ignore_index=True)
@@ -194,7 +199,7 @@ def _map_rows(name: str, ids: object, vectors: np.ndarray) -> pd.DataFrame:
 def _looks(data: Measured, task: Task) -> pd.DataFrame:
     """Appearance of at most MAP_SIZE images of each set: set, then one column per quantity."""
     frames = []
-    for name, pairs in {"source": data.source, "stage1": data.stage1, "aligned": data.aligned, "references": data.references,
+    for name, pairs in {"source": data.source, "stage1": data.stage1, "aligned": data.aligned, **data.shown_references,
                         "target test": data.test}.items():
         chosen = np.unique(np.linspace(0, len(pairs) - 1, min(MAP_SIZE, len(pairs))).round().astype(int))
         frames.append(appearance(pairs.images[chosen], None if pairs.masks is None else pairs.masks[chosen], task).assign(set=name))
@@ -202,7 +207,7 @@ def _looks(data: Measured, task: Task) -> pd.DataFrame:
 
 
 def _copies(data: Measured, quantile: float) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Copy audit of all aligned images, those that were not kept too."""
+    """Copy audit of all aligned images, those that were not kept too; not against references that are moments alone."""
     known = audit.banks(data.source, data.references, data.test)
     checks = audit.check(data.aligned.images, known, quantile)
     table = audit.table(data.aligned.ids, checks, known)

@@ -106,6 +106,8 @@ def gates(table: pd.DataFrame) -> str:
         upper.set(ylabel="reward")
         ratios = {"diversity_ratio": "#00906a", "velocity_ratio": "#d98e04", "agreement_ratio": "#8f5fae", "copy_ratio": "#c0392b"}
         for name, colour in ratios.items():
+            if table[name].isna().all():  # not measured
+                continue
             lower.plot(table["step"], table[name], color=colour, label=name.removesuffix("_ratio"))
         failed = table[table["failed"] != ""]
         upper.plot(failed["step"], failed["held_out_reward"], "x", color="#c0392b", label="refused" if len(failed) else None)

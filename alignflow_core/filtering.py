@@ -1,7 +1,7 @@
 """Keep the synthetic pairs that are plausible, novel and true to their mask (our choice; the paper keeps all).
 
 * plausible: not an outlier among the set, by the robust deviation of its reward features;
-* novel: not closer to a reference than real images are (``metrics/copying.py``);
+* novel: not closer to a reference than real images are (``metrics/copying.py``); not asked where the references are moments alone;
 * mask-true: a judge that never saw the pair finds its mask again. Two judges are trained, each on one half of the
   synthetic pairs, and judge the other half: they know the target's look but need no target label.
 
@@ -37,7 +37,8 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
     train = read_pairs(inputs["data:source"], "train")
     outlyingness = _outlyingness(pairs, train)
     draw = np.random.Generator(np.random.PCG64(derive_seed(config.seed, "filter", context.key, "novelty")))
-    novelty, copied = novelty_check(pairs.images, references.images, train.images, train.table["group"].to_numpy(), settings.copy_quantile, draw)
+    novelty, copied = (novelty_check(pairs.images, references.images, train.images, train.table["group"].to_numpy(), settings.copy_quantile, draw)
+                       if len(references) else (np.full(len(pairs), np.nan), np.zeros(len(pairs), bool)))
     agreement, reference_areas = _cross_judged(config, pairs, references, device, context)
     reasons = np.select([copied, outlyingness > settings.outlier_limit, agreement < settings.agreement_ratio * np.median(agreement)],
                         ["near copy of a reference", "implausible image", "image does not follow its mask"], default="")
@@ -50,10 +51,15 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
                            "loosen the filter section or align again")
     table.to_parquet(out_dir / "manifest.parquet", index=False)
     return {"kept_fraction": float(table["kept"].mean()), "mask_agreement": float(np.mean(agreement)),
-            **{f"area_ratio_{name}": float(theirs / max(own, 1e-9)) for name, theirs, own in
-               zip(config.task.classes, np.median(reference_areas, 0), np.median(areas, 0), strict=True)},
+            **(_area_ratios(areas, reference_areas, config.task) if len(references) else {}),
             **{f"refused_{name.replace(' ', '_')}": float((reasons == name).mean()) for name in
                ("near copy of a reference", "implausible image", "image does not follow its mask")}}
+
+
+def _area_ratios(areas: np.ndarray, reference_areas: np.ndarray, task: Task) -> dict[str, float]:
+    """Median region area of the references, as judged, over that of the set."""
+    return {f"area_ratio_{name}": float(theirs / max(own, 1e-9)) for name, theirs, own in
+            zip(task.classes, np.median(reference_areas, 0), np.median(areas, 0), strict=True)}
 
 
 def _outlyingness(pairs: Pairs, source: Pairs) -> np.ndarray:

@@ -227,7 +227,7 @@ def counts_page(table: pd.DataFrame) -> pd.DataFrame:
 
 def n_references(runs: Runs, target: str) -> int:
     """How many references a target really has."""
-    return len(read_pairs(runs.roots[0] / artifact_dir("references", target)))
+    return int(read_json(runs.roots[0] / artifact_dir("references", target) / "metrics.json")["n_references"])
 
 
 def features(runs: Runs, target: str) -> pd.DataFrame:

@@ -120,6 +120,7 @@ def _target(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], so
     folder = inputs[f"evaluate:{target}"]
     values = pd.read_parquet(folder / "metrics.parquet")
     references = read_pairs(inputs[f"references:{target}"])
+    verdict = read_json(inputs[f"align:{target}"] / "verdict.json")
     pairs = pd.read_parquet(inputs[f"filter:{target}"] / "manifest.parquet")
     looks = pd.read_parquet(folder / "appearance.parquet")
     table = comparison[comparison["target"] == target]
@@ -128,7 +129,7 @@ def _target(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], so
     copies = _copy_summary(pd.read_parquet(folder / "copying.parquet"), read_json(folder / "metrics.json"))
     facts = {
         "name": target, "n_test": values["case_id"].nunique(), "n_groups": values["group"].nunique(), "n_seeds": values["segmenter_seed"].nunique(),
-        "n_references": len(references), "n_held_out": int((references.table["role"] == "held_out").sum()),
+        **_reference_counts(inputs[f"references:{target}"], references),
         "n_pairs": len(pairs), "n_kept": int(pairs["kept"].sum()),
         "reasons": pairs.loc[~pairs["kept"], "reason"].value_counts().to_dict(),
     }
@@ -141,8 +142,16 @@ def _target(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], so
         "map": figures.feature_map(pd.read_parquet(folder / "features.parquet")),
         "looks": figures.appearance(looks), "look_rows": _look_rows(looks),
         "gates": figures.gates(pd.read_parquet(inputs[f"align:{target}"] / "gates.parquet")),
-        "align": read_json(inputs[f"align:{target}"] / "metrics.json"), "verdict": read_json(inputs[f"align:{target}"] / "verdict.json")["rounds"],
+        "align": read_json(inputs[f"align:{target}"] / "metrics.json"), "verdict": verdict["rounds"], "copy_gate": verdict.get("copy_gate"),
     }
+
+
+def _reference_counts(folder: Path, references: Pairs) -> dict[str, Any]:
+    """How many references there are and are held out; ``moments_alone`` where their images are elsewhere."""
+    if len(references):
+        return {"n_references": len(references), "n_held_out": int((references.table["role"] == "held_out").sum()), "moments_alone": False}
+    told = read_json(folder / "metrics.json")
+    return {"n_references": int(told["n_references"]), "n_held_out": int(told["n_held_out"]), "moments_alone": True}
 
 
 def _ablations(targets: list[str], variants: list[str], config: SimpleNamespace, inputs: Mapping[str, Path],
@@ -173,9 +182,9 @@ def _ablations(targets: list[str], variants: list[str], config: SimpleNamespace,
 
 
 def _changed(base: Any, variant: Any) -> str:
-    """What a variant says otherwise than its base, ``align.rho 0.3 -> 1``; the reference folder and the arms aside."""
+    """What a variant says otherwise than its base, ``align.rho 0.3 -> 1``; where the references lie and the arms aside."""
     one, other = dict(_flat(dataclasses.asdict(base))), dict(_flat(dataclasses.asdict(variant)))
-    aside = ("references.dir", "arms", "variant_of")
+    aside = ("references.dir", "references.file", "arms", "variant_of")
     return ", ".join(f"{key} {one.get(key)} → {value}" for key, value in other.items() if one.get(key) != value and key not in aside) or "as set up"
 
 
@@ -267,14 +276,16 @@ def _grid(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], sour
     masks = aligned.labels[chosen]
     train = source.select((source.table["split"] == "train").to_numpy())
     nearest = _nearest_masks(masks, train.labels, task)
-    shown = np.linspace(0, len(references) - 1, min(n, len(references))).round().astype(int)
-    return [
+    shown = np.linspace(0, len(references) - 1, min(n, len(references))).round().astype(int) if len(references) else None
+    rows = [
         ("Mask", figures.mask_strip(masks)),
         ("Source, real", figures.image_strip(train.images[nearest], train.labels[nearest], task)),
         ("Stage 1", figures.image_strip(stage1.images[chosen], masks, task)),
         ("Aligned", figures.image_strip(aligned.images[chosen], masks, task, ~kept[chosen])),
-        (f"References of {target}", figures.image_strip(references.images[shown], None, task, columns=len(chosen))),
     ]
+    if shown is not None:
+        rows.append((f"References of {target}", figures.image_strip(references.images[shown], None, task, columns=len(chosen))))
+    return rows
 
 
 def _nearest_masks(masks: np.ndarray, real: np.ndarray, task: Task) -> np.ndarray:

@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
 
-from alignflow_core.artifact import exclusive, file_hash, file_hashes, json_hash, listing_hash, publish, read_json, tree_hash, write_json
+from alignflow_core.artifact import exclusive, file_hash, json_hash, listing_hash, publish, raw_hashes, read_json, tree_hash, write_json
 from alignflow_core.config import Project, load_project
 from alignflow_core.errors import InputError, StageError
 from alignflow_core.floors import refuse_old_packages
@@ -125,9 +125,19 @@ def stage_config(project: Project, stage: Stage, key: str | None) -> SimpleNames
 
 
 def raw_dirs(project: Project, stage: Stage, key: str | None, root: Path) -> dict[str, Path]:
-    """Raw folders a stage reads: dotted key -> absolute path."""
+    """Raw folders and files a stage reads: dotted key -> absolute path."""
     values = stage_params(project, dataclasses.replace(stage, params=stage.raw), key)
     return {dotted: (root / value).resolve() for dotted, value in values.items() if value is not None}
+
+
+def raw_kind(dotted: str) -> str:
+    """``"folder"`` or ``"file"``, as the last word of the key says."""
+    return "file" if dotted.endswith(".file") else "folder"
+
+
+def raw_exists(dotted: str, path: Path) -> bool:
+    """Whether a raw input is there and of its kind."""
+    return path.is_file() if raw_kind(dotted) == "file" else path.is_dir()
 
 
 def chosen_files(project: Project, stage: Stage, key: str | None) -> dict[str, str]:
@@ -153,10 +163,10 @@ def opaque(listing: Mapping[str, str]) -> dict[str, str]:
 
 
 def plan_stage(project: Project, root: Path, stage: Stage, key: str | None) -> Plan:
-    """Hash params, inputs, raw folders and source files of one stage.
+    """Hash params, inputs, raw folders or files and source files of one stage.
 
     Raises:
-        InputError: an input artifact or a raw folder is missing.
+        InputError: an input artifact or a raw folder or file is missing.
     """
     inputs: dict[str, str] = {}
     for name, (upstream, upstream_key) in project.graph.inputs(stage, key).items():
@@ -165,10 +175,10 @@ def plan_stage(project: Project, root: Path, stage: Stage, key: str | None) -> P
             raise InputError(f"{file.with_suffix('')}: not built yet; run stage {node_id(upstream, upstream_key)} first")
         inputs[name] = read_json(file)["content"]
     raw, raw_files = {}, {}
-    for dotted, folder in raw_dirs(project, stage, key, root).items():
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder ({dotted}); create it or correct the path")
-        listing = file_hashes(folder)
+    for dotted, path in raw_dirs(project, stage, key, root).items():
+        if not raw_exists(dotted, path):
+            raise InputError(f"{path}: no such {raw_kind(dotted)} ({dotted}); create it or correct the path")
+        listing = raw_hashes(path)
         raw[dotted], raw_files[dotted] = listing_hash(listing), opaque(listing)
     params = stage_params(project, stage, key)
     files = code_files(stage.name, chosen_files(project, stage, key).values())

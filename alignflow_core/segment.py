@@ -71,7 +71,9 @@ def run_target(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any
              "aligned": lambda: Diet(source, aligned, share), "aligned+filtered": lambda: Diet(source, aligned.select(kept), share, weights=weights),
              "aligned+filtered+colour": lambda: Diet(source, aligned.select(kept), share, settings.colour_strength, weights),
              "references-labelled": lambda: Diet(source, references, share), "oracle": lambda: Diet(read_pairs(inputs["data:target"], "train"))}
-    # Without labels of its own a reference set has no labelled arm; the tables then lack that row.
-    chosen = [arm for arm in TARGET_ARMS if arm in wanted and (arm != "references-labelled" or references.masks is not None)]
+    # Without labels of its own a reference set has no labelled arm, without images (moments alone) no recoloured ones; the tables lack these.
+    absent = {"references-labelled"} if references.masks is None else set()
+    absent |= {"reinhard", "fourier", "references-labelled"} if not len(references) else set()
+    chosen = [arm for arm in TARGET_ARMS if arm in wanted and arm not in absent]
     return fit_arms(config, {arm: diets[arm]() for arm in chosen}, {"oracle": read_pairs(inputs["data:target"], "val")},
                     read_pairs(inputs["data:source"], "val"), out_dir, context)

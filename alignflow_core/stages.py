@@ -37,7 +37,8 @@ class Stage:
             ``comparator_base:own`` that of the comparator, if it has one; ``image_flow:painter`` what the target aligns: stage 1 or a
             comparator; ``evaluate:all`` one per key (fan-in). No suffix: the same key, or the project's only one.
         params: dotted keys of params.yaml; ``{key}`` is the stage's own key.
-        raw: dotted keys of params.yaml that name a raw folder read by the stage (may be null there).
+        raw: dotted keys of params.yaml that name a raw folder read by the stage, or where the last word is ``file`` a raw file (may be
+            null there; at most one of a stage's is not).
         chosen: dotted key of params.yaml -> the registry that turns its value into ``module:object``; the stage depends on the
             file of that module alone, not on the other choices.
         gpu: wants the accelerator when there is one.
@@ -66,8 +67,8 @@ STAGES: dict[str, Stage] = {
               "Raw folder of one domain, checked, resized, split by patient and hashed."),
         Stage("references", "reference_set", "target", "data:run_references", ("data:target",),
               ("task", "data", "targets.{key}.domain", "targets.{key}.references"),
-              ("targets.{key}.references.dir",), False, "1_data",
-              "The few images of the target that the method may see, disjoint from its test set."),
+              ("targets.{key}.references.dir", "targets.{key}.references.file"), False, "1_data",
+              "The few images of the target that the method may see, disjoint from its test set; or what moments say of them."),
         Stage("mask_flow", "mask_flow_checkpoint", "project", "mask_flow:run", ("data:source",),
               ("seed", "machine", "task", "mask_flow"), (), True, "2_stage_one",
               "Flow over signed distance maps that draws new masks."),

@@ -84,7 +84,7 @@ def _axis(text: str) -> Axis:
             place[part] = place = {}
         place[last] = yaml.safe_load(value)
         if key == "references.count":
-            change["references"]["dir"] = None  # drawn from the domain, so that the sets of all sizes are alike
+            change["references"] |= {"dir": None, "file": None}  # drawn from the domain, so that the sets of all sizes are alike
         word = f"{last}-{value}" if value[:1].isalpha() else f"{last}{value}"
         found.append((re.sub(r"[^A-Za-z0-9_-]+", "_", word), change))
     return found

@@ -133,8 +133,8 @@ def input_versions(root: Path) -> dict[tuple[str, str], str]:
     for stage, key in project.graph.nodes():
         found[PARAMS_ASSET, node_id(stage.name, key)] = json_hash(stage_params(project, stage, key))
         if stage.raw:
-            folders = raw_dirs(project, stage, key, root).values()
-            found[RAW_ASSETS[stage.name], str(key)] = "/".join(tree_hash(f) if f.is_dir() else "missing" for f in folders) or "drawn"
+            paths = raw_dirs(project, stage, key, root).values()
+            found[RAW_ASSETS[stage.name], str(key)] = "/".join(tree_hash(path) if path.exists() else "missing" for path in paths) or "drawn"
     return found
 
 
@@ -153,6 +153,7 @@ def observed_assets(project: Project, root: Path) -> list[dg.SourceAsset]:
     domains, targets = (dg.StaticPartitionsDefinition(list(names)) for names in (project.domains, project.targets))
     return [
         observed_asset("raw_domain", "Folder of images and masks of a domain, as it was handed in.", domains, root),
-        observed_asset("raw_references", "Folder of a target's reference images; 'drawn' where they come out of the domain.", targets, root),
+        observed_asset("raw_references", "A target's folder of reference images or file of their moments; 'drawn' where they come out of the domain.",
+                       targets, root),
         observed_asset(PARAMS_ASSET, "What params.yaml says to one stage and key.", nodes, root),
     ]

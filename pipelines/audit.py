@@ -23,12 +23,14 @@ class Verdict:
         table: one row a pair and bank (``alignflow_core.audit.table``).
         banks: for each bank, how many images it has, the threshold, what it was read off and how often it errs.
         missing: why this is no audit, a line each; empty where it is one.
+        not_compared: what the generator was given and cannot be compared with, a line each.
     """
 
     ids: tuple[str, ...]
     table: "pd.DataFrame"
     banks: dict[str, dict[str, Any]]
     missing: list[str]
+    not_compared: tuple[str, ...] = ()
 
     @property
     def copies(self) -> list[str]:
@@ -48,7 +50,8 @@ class Verdict:
         """Plain data for ``audit.json`` and ``--json``; thresholds that do not exist are null."""
         closest = self.table[self.table["flagged"]].sort_values("ratio")
         rows = closest[["pair_id", "bank", "nearest", "ratio"]].to_dict("records")
-        return {"pairs": len(self.ids), "audited": not self.missing, "not_calibrated": self.missing, "banks": self.banks, "flagged": rows}
+        unseen = {"not_compared": list(self.not_compared)} if self.not_compared else {}
+        return unseen | {"pairs": len(self.ids), "audited": not self.missing, "not_calibrated": self.missing, "banks": self.banks, "flagged": rows}
 
 
 def audit_run(run: Path, target: str, chosen: "np.ndarray | None" = None) -> Verdict:
@@ -85,7 +88,8 @@ def audit_images(run: Path, target: str, images: "np.ndarray", ids: Sequence[str
                     "held_out_near_copies": found.n_twice,
                     "threshold": _number(found.threshold), "false_flag_rate_at_most": _number(found.false_flag_rate),
                     "flagged": int(found.flagged.sum())} for name, found in checks.items()}
-    return Verdict(tuple(ids), audit.table(tuple(ids), checks, known), banks, audit.uncalibrated(checks))
+    unseen = () if "references" in known else ("references: a file of moments, no images here; only where they are can copies of them be looked for",)
+    return Verdict(tuple(ids), audit.table(tuple(ids), checks, known), banks, audit.uncalibrated(checks), unseen)
 
 
 def _number(value: float) -> float | None:
@@ -170,7 +174,7 @@ def files_of(root: Path, ids: Sequence[str]) -> dict[str, list[Path]]:
 def told(target: str, verdict: Verdict) -> str:
     """A verdict for the terminal."""
     head = f"{target}: audited, {len(verdict.ids)} pairs" if not verdict.missing else f"{target}: not calibrated, so this is no audit"
-    lines = [head, *(f"  {line}" for line in verdict.missing)]
+    lines = [head, *(f"  {line}" for line in (*verdict.missing, *verdict.not_compared))]
     for name, facts in verdict.banks.items():
         if facts["threshold"] is not None:
             lines.append(f"  {name}: {facts['flagged']} near copies of {facts['images']} images (ratio below {facts['threshold']:.2f}, read off "

@@ -61,8 +61,9 @@ def parser() -> argparse.ArgumentParser:
     sub = add("run", run, "raw folders -> report, without git or DVC; the same command resumes an interrupted run")
     sub.add_argument("--source", type=Path, required=True, metavar="DIR", help="source domain: folder with images/ and masks/")
     sub.add_argument("--target", action="append", required=True, metavar="NAME=DIR", help="target domain; may be given several times")
-    sub.add_argument("--references", required=True, metavar="N|DIR",
-                     help="draw N unlabelled target images that are never tested on, or a folder of reference images")
+    sub.add_argument("--references", required=True, metavar="N|DIR|FILE",
+                     help="draw N unlabelled target images that are never tested on, or a folder of reference images, or a file of their moments "
+                          "(alignflow reference-moments); with several targets a folder with one NAME or NAME.safetensors for each")
     sub.add_argument("--task", required=True, help="how masks are read: binary, refuge or labels")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     add_overrides(sub)
@@ -72,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--task", required=True, help="phantom (built-in data), binary, refuge or labels")
     sub.add_argument("--source", type=Path, metavar="DIR", help="source domain; not with phantom")
     sub.add_argument("--target", action="append", default=[], metavar="NAME=DIR", help="target domain; may be given several times; not with phantom")
-    sub.add_argument("--references", default="10", metavar="N|DIR", help="as for run (default: 10)")
+    sub.add_argument("--references", default="10", metavar="N|DIR", help="as for run, but images (default: 10)")
     sub.add_argument("--seeds", type=int, default=1, metavar="N", help="generator seeds 0 .. N-1, a run each (default: 1)")
     sub.add_argument("--counts", default="1,5,20", metavar="N,N", help="numbers of references of the curve, for the first target (default: 1,5,20)")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="runs below DIR/seed<N>, tables and figures in DIR/paper")
@@ -91,7 +92,8 @@ def parser() -> argparse.ArgumentParser:
     actions = sub.add_subparsers(dest="action", required=True, metavar="ACTION")
     one = actions.add_parser("add", help="add a target; nothing of the others becomes stale")
     one.add_argument("name", metavar="NAME")
-    one.add_argument("--references", required=True, metavar="DIR|N", help="folder of reference images, or how many to draw from the target's domain")
+    one.add_argument("--references", required=True, metavar="DIR|N|FILE",
+                     help="folder of reference images, or how many to draw from the target's domain, or a file of their moments")
     one.add_argument("--like", metavar="TARGET", help="take its way of aligning, its arms and (without --domain) its domain")
     one.add_argument("--domain", type=Path, metavar="DIR", help="labelled images to measure on (default: data/target/NAME if there, else --like's)")
     add_root(one)
@@ -163,6 +165,17 @@ def parser() -> argparse.ArgumentParser:
     sub = add("case", case, "which files on this machine the opaque ids of reports and audits stand for")
     sub.add_argument("ids", nargs="+", metavar="ID")
     add_root(sub)
+
+    sub = add("reference-kit", reference_kit, "a small folder with which a hospital measures its reference images, so that they can stay at home")
+    sub.add_argument("run", type=Path, metavar="RUN", help="folder of a run or project; its source data and labeller are built if need be")
+    sub.add_argument("--target", metavar="NAME", help="whose way of aligning the kit is for (default: the only one)")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    add_quiet(sub)
+
+    sub = add("reference-moments", reference_moments, "at the hospital: its images -> one file of feature moments for --references, no image in it")
+    sub.add_argument("kit", type=Path, metavar="KIT", help="folder that 'alignflow reference-kit' wrote")
+    sub.add_argument("images", type=Path, metavar="IMAGES", help="folder of at least five images without masks")
+    sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="new file, NAME.safetensors")
 
     sub = add("doctor", doctor, "versions, device, data, telemetry; what is wrong and how to mend it")
     add_root(sub)
@@ -383,6 +396,28 @@ def pool(options: argparse.Namespace) -> int:
     from pipelines.pool import pooled
 
     print(pooled(options.runs, options.baseline))
+    return 0
+
+
+def reference_kit(options: argparse.Namespace) -> int:
+    """A run -> a kit."""
+    from alignflow_core.config import load_project
+    from alignflow_core.reference_kit import write_kit
+    from alignflow_core.runner import stop_on_sigterm
+    from pipelines.local import build_for_kit
+
+    stop_on_sigterm()
+    name = build_for_kit(options.run, options.target, options.quiet)
+    write_kit(load_project(options.run / "params.yaml"), options.run, name, options.out)
+    print(f"{options.out}: reference kit for target {name}; README.txt says what the hospital does with it")
+    return 0
+
+
+def reference_moments(options: argparse.Namespace) -> int:
+    """Images -> moments."""
+    from alignflow_core.reference_kit import apply_kit, summary
+
+    print("\n".join([f"{options.out}: written", *summary(apply_kit(options.kit, options.images, options.out))]))
     return 0
 
 

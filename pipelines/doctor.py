@@ -81,3 +81,6 @@ def _project(root: Path) -> Iterator[Finding]:
         folder = root / name / "images"
         count = sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
         yield Finding("data", f"{name}: {count} images", "" if count else "run 'alignflow phantom .' (built-in data), 'dvc pull', or mend the path")
+    for name in (target.references.file for target in project.targets.values() if target.references.file):
+        there = (root / name).is_file()
+        yield Finding("data", f"{name}: {'moments of references' if there else 'missing'}", "" if there else "put the hospital's file there")

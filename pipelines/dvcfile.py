@@ -76,7 +76,7 @@ def _inputs(project: Project, stage: Stage, key: str | None) -> list[str]:
 
 
 def _item(project: Project, stage: Stage, key: str, root: Path) -> dict[str, str]:
-    """What ``${item.…}`` stands for: the target's domain, the raw folder, what it paints with, the files of what it chooses by name.
+    """What ``${item.…}`` stands for: the target's domain, the raw folder or file, what it paints with, the files of what it chooses by name.
 
     References drawn from their domain have no folder of their own; the domain's stands in for it. For a comparator without a base
     the source's provenance does, which it depends on anyway.
@@ -86,7 +86,7 @@ def _item(project: Project, stage: Stage, key: str, root: Path) -> dict[str, str
     found = {"domain": project.source}
     if stage.scope == "target":
         found["domain"], references = project.targets[key].domain, project.targets[key].references
-        found |= {"raw": references.dir or project.domains[found["domain"]].dir} if stage.raw else {}
+        found |= {"raw": references.dir or references.file or project.domains[found["domain"]].dir} if stage.raw else {}
     inputs = project.graph.inputs(stage, key)
     for name, _, which in (spec.partition(":") for spec in stage.inputs):
         if which in ("own", "painter"):

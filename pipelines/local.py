@@ -15,6 +15,9 @@ from alignflow_core.stages import artifact_dir, node_id
 from alignflow_core.validation import nearest
 from pipelines.compose import compose, options, write_params
 
+MOMENTS_SUFFIX = ".safetensors"
+FOR_MOMENTS = {"rounds": 1, "recolour": False}  # of ``align``: what needs the references' images
+
 
 @dataclass(frozen=True)
 class Folders:
@@ -23,8 +26,8 @@ class Folders:
     Attributes:
         source: the source domain; its folder name becomes its name.
         targets: target name -> folder.
-        references: how many images to draw from each target, or a folder of reference images; with several targets
-            it holds one folder for each, by target name.
+        references: how many images to draw from each target, or a folder of reference images, or a file of their moments (``alignflow
+            reference-moments``); with several targets a folder with one folder NAME or one file NAME.safetensors for each.
     """
 
     source: Path
@@ -34,6 +37,8 @@ class Folders:
     def layout(self) -> dict[str, Any]:
         """``source``, ``domains`` and ``targets`` of params.yaml, with absolute folders.
 
+        A target whose references are moments is aligned in one round without recolouring, which need images.
+
         Raises:
             InputError: bad target name, or a folder given twice.
         """
@@ -41,6 +46,9 @@ class Folders:
                     for name, folder in self.targets.items() if not re.fullmatch(NAME_PATTERN, name)]
         problems += [f"--target {name}={folder}: is the source folder too; give the target's own folder"
                      for name, folder in self.targets.items() if folder.resolve() == self.source.resolve()]
+        if len(self.targets) > 1 and Path(self.references).is_file():
+            problems.append(f"--references {self.references}: is one file, there are {len(self.targets)} targets; give a folder with "
+                            f"NAME{MOMENTS_SUFFIX} for each")
         if problems:
             raise InputError(*problems)
         source = re.sub(r"[^A-Za-z0-9_-]+", "-", self.source.resolve().name).strip("-_")[:50] or "source"
@@ -48,17 +56,29 @@ class Folders:
         domains = {source: self.source} | dict(self.targets)
         return {"source": source,
                 "domains": {name: {"dir": str(folder.resolve())} for name, folder in domains.items()},
-                "targets": {name: {"domain": name, "references": self._references(name)} for name in self.targets}}
+                "targets": {name: {"domain": name} | self._references(name) for name in self.targets}}
 
-    def reference_dir(self, target: str) -> Path | None:
-        """Folder of a target's references, ``None`` where they are drawn from the target."""
+    def reference_path(self, target: str) -> Path | None:
+        """Folder of a target's references, or file of their moments; ``None`` where they are drawn from the target."""
         if self.references.isdecimal():
             return None
-        return Path(self.references) if len(self.targets) == 1 else Path(self.references, target)
+        given = Path(self.references)
+        if len(self.targets) == 1:
+            return given
+        return file if (file := given / f"{target}{MOMENTS_SUFFIX}").is_file() else given / target
 
     def _references(self, target: str) -> dict[str, Any]:
-        folder = self.reference_dir(target)
-        return {"count": int(self.references)} if folder is None else {"dir": str(folder.resolve())}
+        path = self.reference_path(target)
+        if path is None:
+            return {"references": {"count": int(self.references)}}
+        if not is_moments(path):
+            return {"references": {"dir": str(path.resolve())}}
+        return {"references": {"file": str(path.resolve())}, "align": dict(FOR_MOMENTS)}
+
+
+def is_moments(path: Path) -> bool:
+    """Whether a path given for references is a file of moments (or was meant to be one)."""
+    return path.is_file() or path.suffix == MOMENTS_SUFFIX
 
 
 def task_named(name: str, overrides: Sequence[str] = ()) -> Task:
@@ -73,9 +93,10 @@ def prepare_run(folders: Folders, task: str, out: Path, overrides: Sequence[str]
     """Check every folder and option, then write ``out/params.yaml``; without a profile among the overrides it is ``cpu``.
 
     Raises:
-        InputError: all problems of all folders and options; nothing has been written then.
+        InputError: all problems of all folders, files of moments and options; nothing has been written then.
     """
     from alignflow_core.folders import check_folder
+    from alignflow_core.reference_moments import read_moments
 
     problems: list[str] = []
     if out.exists() and not out.is_dir():
@@ -85,12 +106,18 @@ def prepare_run(folders: Folders, task: str, out: Path, overrides: Sequence[str]
         raise InputError(*problems, f"--task {task}: not a task for folders of one's own{nearest(task, valid)}")
     settings = [f"task={task}", *([] if any(o.startswith("profile=") for o in overrides) else ["profile=cpu"]), *overrides]
     try:
-        layout = folders.layout()
+        layout = _unless_asked_otherwise(folders.layout(), overrides)
         masks_as = build_project(compose(settings, layout)).task
     except InputError as error:
         problems += error.problems
         masks_as = task_named(task)
-    references = [folder for folder in map(folders.reference_dir, folders.targets) if folder is not None]
+    given = [path for path in map(folders.reference_path, folders.targets) if path is not None]
+    references = [path for path in given if not is_moments(path)]
+    for file in (path for path in given if is_moments(path)):
+        try:
+            read_moments(file)
+        except InputError as error:
+            problems += error.problems
     for folder in (folders.source, *folders.targets.values(), *references):
         try:
             check_folder(folder, masks_as, labelled=folder not in references)
@@ -99,6 +126,42 @@ def prepare_run(folders: Folders, task: str, out: Path, overrides: Sequence[str]
     if problems:
         raise InputError(*problems)
     write_params(out / "params.yaml", settings, layout)
+
+
+def _unless_asked_otherwise(layout: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The layout without those settings for moments that an override speaks of: the validation then says why that cannot be."""
+    asked = {override.partition("=")[0] for override in overrides}
+    targets = {name: target | {"align": {key: value for key, value in target["align"].items() if f"align.{key}" not in asked}}
+               for name, target in layout["targets"].items() if "align" in target}
+    return layout | {"targets": layout["targets"] | targets}
+
+
+def build_for_kit(root: Path, target: str | None, quiet: bool = False) -> str:
+    """Build what a reference kit is made of where it is not up to date: source data, labeller, for ``encoder: flow`` the painter.
+
+    Returns:
+        the target: the one given, or the only one that is no variant.
+
+    Raises:
+        InputError: unknown target, or none given where there are several.
+    """
+    from alignflow_core.runner import run_stage
+    from alignflow_core.stages import STAGES
+
+    project = load_project(root / "params.yaml")
+    names = [name for name, each in project.targets.items() if each.variant_of is None]
+    if target is None and len(names) > 1:
+        raise InputError(f"{root}: has the targets {', '.join(names)}; say with --target whose way of aligning the kit is for")
+    chosen = target or names[0]
+    if chosen not in project.targets:
+        raise InputError(f"--target {chosen}: not a target of {root}{nearest(chosen, project.targets)}")
+    needed = project.graph.inputs(STAGES["align"], chosen)
+    wanted = ["data:source", "labeller", *(["image_flow"] if project.targets[chosen].align.encoder == "flow" else [])]
+    for name, key in (needed[each] for each in wanted):
+        if name == "comparator" and (base := project.comparators[str(key)].base):
+            run_stage(root, "comparator_base", base, quiet=quiet)
+        run_stage(root, name, key, quiet=quiet)
+    return chosen
 
 
 def write_builtin_data(root: Path) -> None:

@@ -77,7 +77,7 @@ def with_rivals(targets: dict[str, Any], comparators: dict[str, Any], counts: Se
     for number, (name, target) in enumerate(targets.items()):
         changes = {word: change for word, change in RIVALS.items() if change.get("painter") is None or change["painter"] in comparators}
         if not number:
-            changes |= {f"count{count}": {"references": {"count": count, "dir": None}} for count in counts
+            changes |= {f"count{count}": {"references": {"count": count, "dir": None, "file": None}} for count in counts
                         if count != target["references"]["count"]}
         found |= {f"{name}-{word}": merged(merged(target, {"arms": ARMS, "variant_of": name}), change) for word, change in changes.items()}
     return found

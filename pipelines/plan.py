@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignflow_core.artifact import file_hashes, json_hash, listing_hash, read_json, tree_hash
+from alignflow_core.artifact import json_hash, listing_hash, raw_hashes, read_json, tree_hash
 from alignflow_core.config import Project, load_project
-from alignflow_core.runner import chosen_files, code_files, opaque, provenance_file, raw_dirs, stage_params
+from alignflow_core.runner import chosen_files, code_files, opaque, provenance_file, raw_dirs, raw_exists, raw_kind, stage_params
 from alignflow_core.stages import STAGES, Stage, artifact_dir, node_id
 
 Node = tuple[Stage, str | None]
@@ -150,12 +150,12 @@ def _changed_code(recorded: Mapping[str, Any], now: Mapping[str, str]) -> Iterat
 
 
 def _changed_files(recorded: Mapping[str, Any], dotted: str, raw: Path, root: Path, kind: str) -> Iterator[str]:
-    """What happened to the files of a raw folder: ``2 images added, 1 mask replaced``."""
+    """What happened to the files of a raw folder, or to a raw file: ``2 images added, 1 mask replaced``."""
     place = raw.relative_to(root) if raw.is_relative_to(root) else raw
-    if not raw.is_dir():
-        yield f"raw folder {place} ({dotted}) is missing"
+    if not raw_exists(dotted, raw):
+        yield f"raw {raw_kind(dotted)} {place} ({dotted}) is missing"
         return
-    listing = file_hashes(raw)
+    listing = raw_hashes(raw)
     if recorded["raw"].get(dotted) == listing_hash(listing):
         return
     before, now = recorded.get("raw_files", {}).get(dotted), opaque(listing)

@@ -134,7 +134,8 @@ def _table(table: "pd.DataFrame") -> dg.TableMetadataValue:
     """The first rows of a table; NaN, which JSON lacks, becomes empty."""
     table = table.head(N_ROWS)
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    return dg.MetadataValue.table([dg.TableRecord({str(name): _plain(value) for name, value in row.items()}) for row in rows])
+    schema = dg.TableSchema([dg.TableColumn(str(name)) for name in table.columns]) if table.empty else None  # else read off the rows
+    return dg.MetadataValue.table([dg.TableRecord({str(name): _plain(value) for name, value in row.items()}) for row in rows], schema)
 
 
 def _plain(value: Any) -> str | float | int | bool | None:

@@ -12,6 +12,7 @@ from alignflow_core.errors import InputError
 from alignflow_core.folders import check_folder
 from alignflow_core.validation import nearest
 from pipelines.compose import rewrite_params
+from pipelines.local import FOR_MOMENTS, is_moments
 
 
 def add(root: Path, name: str, references: str, like: str | None = None, domain: Path | None = None) -> None:
@@ -20,13 +21,15 @@ def add(root: Path, name: str, references: str, like: str | None = None, domain:
     Args:
         root: project root.
         name: of the target; without ``domain`` and ``like`` a folder ``data/target/NAME`` must be its domain.
-        references: folder of its reference images, or how many to draw from its domain.
+        references: folder of its reference images, or file of their moments, or how many to draw from its domain.
         like: target whose way of aligning, arms and (without ``domain``) domain it takes; the first target if not given.
         domain: raw folder of its own labelled images, which only measure; becomes the domain NAME.
 
     Raises:
         InputError: every problem of names and folders; nothing is written then.
     """
+    from alignflow_core.reference_moments import read_moments
+
     params = read_params(root / "params.yaml")
     project = load_project(root / "params.yaml")
     model = like or next(iter(project.targets))
@@ -45,8 +48,14 @@ def add(root: Path, name: str, references: str, like: str | None = None, domain:
     elif domain is not None and name in project.domains and (root / project.domains[name].dir).resolve() != domain.resolve():
         problems.append(f"--domain {domain}: '{name}' is another folder already, {project.domains[name].dir}, which other targets read; "
                         "choose another name")
-    folder = None if references.isdecimal() else Path(references)
-    for where, labelled in ((folder, False), (domain, True)):
+    path = None if references.isdecimal() else Path(references)
+    moments = path is not None and is_moments(path)
+    if path is not None and moments:
+        try:
+            read_moments(path)
+        except InputError as error:
+            problems += error.problems
+    for where, labelled in ((None if moments else path, False), (domain, True)):
         if where is not None:
             try:
                 check_folder(where, project.task, labelled=labelled)
@@ -56,7 +65,10 @@ def add(root: Path, name: str, references: str, like: str | None = None, domain:
         raise InputError(*problems)
     entry = dict(params["targets"][model]) | {"domain": project.targets[model].domain if domain is None else name, "variant_of": None}
     drawn = dict(entry.get("references", {}))
-    entry["references"] = drawn | ({"dir": None, "count": int(references)} if folder is None else {"dir": _place(root, folder)})
+    nowhere: dict[str, Any] = {"dir": None, "file": None}
+    entry["references"] = drawn | nowhere | ({"count": int(references)} if path is None else {"file" if moments else "dir": _place(root, path)})
+    if moments:
+        entry["align"] = entry.get("align", {}) | FOR_MOMENTS
     if domain is not None:
         params["domains"] = params["domains"] | {name: {"dir": _place(root, domain)}}
     _write(root, params | {"targets": params["targets"] | {name: entry}})
@@ -87,7 +99,8 @@ def listing(root: Path) -> str:
     """The targets, one a line: domain, references, way of aligning."""
     lines = []
     for name, target in load_project(root / "params.yaml").targets.items():
-        references = target.references.dir or f"{target.references.count} drawn from {target.domain} (seed {target.references.seed})"
+        given = target.references
+        references = given.dir or given.file or f"{given.count} drawn from {target.domain} (seed {given.seed})"
         variant = f", variant of {target.variant_of}" if target.variant_of else ""
         lines.append(f"{name}: domain {target.domain}, references {references}, {target.align.reward} on {target.align.encoder}{variant}")
     return "\n".join(lines)

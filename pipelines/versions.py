@@ -49,7 +49,7 @@ class Versions:
         return _dataset(node_id(*node), folder, content, self.md5(node, "outs", folder) if same else None)
 
     def raw(self, provenance: Mapping[str, Any], dotted: str) -> "Dataset":
-        """A raw folder that the stage of this provenance has read, named by its key of params.yaml."""
+        """A raw folder or file that the stage of this provenance has read, named by its key of params.yaml."""
         section, _, last = dotted.rpartition(".")
         folder = provenance["params"][section][last]
         return _dataset(dotted, folder, provenance["raw"][dotted], self.md5((provenance["stage"], provenance["key"]), "deps", folder))

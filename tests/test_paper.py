@@ -47,7 +47,7 @@ def test_rivals_are_variants_and_counts_belong_to_the_first_target() -> None:
     target = {"domain": "x", "references": {"count": 10, "dir": "refs"}, "align": {"reward": "frechet"}}
     found = with_rivals({"a": target, "b": target}, {"controlnet-flow": {}}, [1, 10])
     assert set(found) == {"a", "b", "a-count1", *(f"{name}-{word}" for name in "ab" for word in RIVALS)}
-    assert found["a-count1"]["references"] == {"count": 1, "dir": None}
+    assert found["a-count1"]["references"] == {"count": 1, "dir": None, "file": None}
     assert found["b-alignprop"]["variant_of"] == "b" and found["b-alignprop"]["align"]["denoise"] == "none"
     assert "a-controlnet-flow-aligned" not in with_rivals({"a": target}, {}, [])
 

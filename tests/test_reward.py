@@ -99,7 +99,7 @@ def test_frechet_neither_drowns_in_one_feature_nor_forgives_its_rest() -> None:
     """A feature fifty deviations away does not outweigh ten that are two away, and two left of fifty still count as two."""
     far, near = torch.zeros(9, 11).double(), torch.zeros(9, 11).double()
     goal = torch.tensor([50.0] + [2.0] * 10).double()
-    reference = Reference(goal.expand(9, 11), goal, torch.full((11,), 1e-3).double(), goal)
+    reference = Reference(goal.expand(9, 11), goal, torch.full((11,), 1e-3).double(), goal, goal)
     far[:, 1:], near[:, 0] = 2.0, 50.0
     assert float(frechet(near, reference)) > float(frechet(far, reference))
     left = goal.expand(9, 11) - torch.eye(11).double()[0] * 2
@@ -129,7 +129,7 @@ def test_skl_is_symmetric_and_blind_to_a_common_offset() -> None:
 
 def plain(features: torch.Tensor) -> Reference:
     """A reference set of many images in plain units."""
-    return Reference(features, features.mean(0), features.std(0), torch.ones(features.shape[1]).double())
+    return Reference(features, features.mean(0), features.std(0), torch.ones(features.shape[1]).double(), features.mean(0))
 
 
 @pytest.mark.parametrize("name", registry.DISTANCES)
@@ -156,7 +156,7 @@ def test_every_distance_is_least_at_the_references_and_leads_there(name: str) ->
 def test_distances_by_hand() -> None:
     one = torch.ones(1).double()
     x, y = torch.tensor([[0.0], [2.0]]).double(), torch.tensor([[3.0], [3.0], [5.0], [5.0]]).double()
-    reference = Reference(y, y.mean(0), y.std(0, correction=0), one)
+    reference = Reference(y, y.mean(0), y.std(0, correction=0), one, y.mean(0))
     # variances 2 (unbiased) and 1, means 1 and 4
     shift, ratio = 9.0, 2.001 / 1.001
     assert float(distances.gaussian_skl(x, reference)) == pytest.approx((ratio + 1 / ratio) / 4 - 0.5 + shift * (1 + 1 / ratio) / 4)

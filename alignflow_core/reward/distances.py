@@ -3,6 +3,7 @@
 Plain functions of one signature, ``distance(features, reference, temperature)``: features [N, D] with gradient, N >= 2, and a
 :class:`Reference` of n images, both standardised by source statistics; all but ``frechet`` measure in its ``scale``. Lower is
 better, 0 where the set is what the distance can tell of the references. N and n may differ. Only ``skl`` uses the temperature.
+Those of ``registry.FROM_MOMENTS`` do not touch ``reference.features``: they work where the reference set is a file of moments.
 
 | distance | sees | few references |
 |---|---|---|
@@ -53,7 +54,7 @@ def skl(features: Tensor, reference: Reference, temperature: float = 1.0) -> Ten
     features softens this. The deviation of the set plays no part.
     """
     p = torch.log_softmax(features.mean(0) / reference.scale / temperature, 0)
-    q = torch.log_softmax(reference.features.mean(0) / reference.scale / temperature, 0)
+    q = torch.log_softmax(reference.sample_mean / reference.scale / temperature, 0)
     return ((p.exp() - q.exp()) * (p - q)).sum() / 2
 
 
@@ -71,7 +72,7 @@ def gram(features: Tensor, reference: Reference, temperature: float = 1.0) -> Te
 
 def cosine(features: Tensor, reference: Reference, temperature: float = 1.0) -> Tensor:
     """1 - cosine of the two mean features."""
-    return 1 - torch.cosine_similarity(features.mean(0) / reference.scale, reference.features.mean(0) / reference.scale, dim=0)
+    return 1 - torch.cosine_similarity(features.mean(0) / reference.scale, reference.sample_mean / reference.scale, dim=0)
 
 
 def mmd(features: Tensor, reference: Reference, temperature: float = 1.0) -> Tensor:

@@ -98,6 +98,14 @@ class Standardised(nn.Module):
         return found
 
 
+class Restored(Standardised):
+    """Standardised by statistics fitted elsewhere: mean and scale [D] of the whole image, then of each region."""
+
+    def __init__(self, encoder: Encoder, moments: list[tuple[Tensor, Tensor]]) -> None:
+        nn.Module.__init__(self)
+        self.encoder, self.moments = encoder, moments
+
+
 def _on_grid(region: Tensor, x: Tensor) -> Tensor:
     """Membership [B, H, W] on the grid of a map [B, C, h, w]; cells that reach over the region's border hardly count."""
     return functional.adaptive_avg_pool2d(region, (x.shape[2], x.shape[3])) ** BORDER_POWER

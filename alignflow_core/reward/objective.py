@@ -6,7 +6,7 @@ from torch import Tensor
 from alignflow_core.config import Align
 from alignflow_core.registry import load
 from alignflow_core.reward.encoders import Standardised
-from alignflow_core.reward.moments import Reference, describe
+from alignflow_core.reward.moments import Moments, Reference, describe, moments, shrunk
 from alignflow_core.reward.registry import DISTANCES
 
 Known = list[Reference | None]
@@ -28,6 +28,10 @@ class Objective:
         """What the references, [n, 3, H, W] with regions [n, R, H, W], are known to look like; first the whole image."""
         return [describe(f, self.settings.prior_count) if len(f) else None for f in self.encoder(images, regions)]
 
+    def known(self, found: list[Moments | None]) -> Known:
+        """The same from moments alone, as :func:`measured` takes them; distances then have no features to look at."""
+        return [None if each is None else shrunk(each, each.mean.new_zeros(0, len(each.mean)), self.settings.prior_count) for each in found]
+
     def __call__(self, features: list[Tensor], reference: Known) -> Tensor:
         """Distance of a set of features (as the encoder returns them) to a reference, a scalar."""
         parts: list[Tensor] = [self.distance(f, known, self.settings.temperature)
@@ -35,6 +39,12 @@ class Objective:
         if len(parts) == 1:
             return parts[0]
         return (1 - self.settings.region_share) * parts[0] + self.settings.region_share * torch.stack(parts[1:]).mean()
+
+
+@torch.no_grad()
+def measured(encoder: Standardised, images: Tensor, regions: Tensor) -> list[Moments | None]:
+    """Moments of the whole and of every region of references, [n, 3, H, W] with regions [n, R, H, W]; ``None`` for a region that none has."""
+    return [moments(f) if len(f) else None for f in encoder(images, regions)]
 
 
 def steadied(features: list[Tensor], past: list[Tensor]) -> list[Tensor]:

@@ -14,6 +14,11 @@ DISTANCES = {
     "mmd": "reward.distances:mmd",
     "sliced_wasserstein": "reward.distances:sliced_wasserstein",
 }
+# Distances that need the references' means and deviations alone, and encoders that need no reference images to be built: what a
+# reference set of moments can be aligned with (``reference_kit.py``).
+FROM_MOMENTS = ("frechet", "gaussian_skl", "skl", "cosine")
+PORTABLE_ENCODERS = ("statconv", "flow")
+
 ENCODERS = {
     "statconv": "reward.statconv:build",
     "flow": "reward.flow_features:build",

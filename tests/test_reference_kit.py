@@ -1,0 +1,436 @@
+"""Images that stay at home: a kit measures them, a file of moments aligns as they would."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from alignflow_core import align, data
+from alignflow_core.artifact import read_json
+from alignflow_core.checkpoint import load_tensors
+from alignflow_core.config import Align, References, Target, build_project, load_project
+from alignflow_core.errors import InputError
+from alignflow_core.pairs import read_pairs, to_unit
+from alignflow_core.reference_kit import apply_kit, write_kit
+from alignflow_core.reference_moments import MOMENTS_FILE, read_moments, write_moments
+from alignflow_core.reference_roles import in_drawn_order, roles
+from alignflow_core.registry import load
+from alignflow_core.reward.encoders import Standardised
+from alignflow_core.reward.moments import describe, moments, shrunk
+from alignflow_core.reward.registry import DISTANCES, FROM_MOMENTS
+from alignflow_core.reward.statconv import StatConv
+from alignflow_core.runner import Context, run_stage
+from alignflow_core.stages import STAGES, artifact_dir
+from pipelines.cli import main
+from pipelines.compose import compose, write_params
+from pipelines.plan import plan
+
+MOMENTS_OK = {"rounds": 1, "recolour": False}
+
+
+# ---- distances and configuration
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_the_named_distances_and_no_others_do_without_features(name: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    ours, theirs = torch.randn(9, 6, generator=draw), 1 + 2 * torch.randn(7, 6, generator=draw)
+    distance = load(DISTANCES, name)
+    from_images = describe(theirs, 10.0)
+    from_moments = shrunk(moments(theirs), theirs[:0], 10.0)
+    try:
+        same = bool(torch.equal(distance(ours, from_images, 1.0), distance(ours, from_moments, 1.0)))
+    except (RuntimeError, IndexError):
+        same = False
+    assert same == (name in FROM_MOMENTS)
+
+
+@pytest.mark.parametrize(("changed", "words"), [
+    ({"reward": "mmd"}, "align.reward: references.file holds moments and no images, 'mmd' compares with each of them; choose one of frechet"),
+    ({"encoder": "ssl"}, "a reference kit cannot hold 'ssl'; choose one of statconv, flow"),
+    ({"regions": "labels"}, "set align.regions=pseudo or none"),
+    ({"denoise": "references"}, "set align.denoise=source"), ({"recolour": True}, "set align.recolour=false"), ({"rounds": 2}, "set align.rounds=1"),
+])
+def test_what_needs_images_is_refused_with_a_file_of_moments(changed: dict[str, object], words: str) -> None:
+    fine = References(file="north.safetensors")
+    Target("north", fine, Align(**MOMENTS_OK))
+    with pytest.raises(InputError, match=words):
+        Target("north", fine, Align(**MOMENTS_OK | changed))
+
+
+def test_one_kind_of_references_and_no_area_matching() -> None:
+    with pytest.raises(InputError, match="dir and file are both given"):
+        References(dir="a", file="b")
+    params = compose(["profile=smoke"])
+    params["filter"]["match_areas"] = True
+    params["targets"]["amber"]["references"] |= {"dir": None, "file": "amber.safetensors"}
+    params["targets"]["amber"]["align"] |= MOMENTS_OK
+    with pytest.raises(InputError, match=r"targets\.amber\.references\.file holds moments alone; set filter\.match_areas=false"):
+        build_project(params)
+
+
+def test_roles_are_the_rule_of_stage_references() -> None:
+    assert [roles(n, 0.3).count("held_out") for n in (1, 2, 3, 5, 6, 10)] == [0, 0, 1, 2, 2, 3]
+    assert roles(4, 0.0) == ["align"] * 4
+    assert sorted(in_drawn_order(["a", "b", "c"], 0)) == [0, 1, 2]
+    assert in_drawn_order(["a", "b", "c"], 0) == in_drawn_order(["a", "b", "c"], 0)
+
+
+# ---- a project, its kit, its file
+
+
+@pytest.fixture(scope="module")
+def built(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A smoke project with source, stage 1 and labeller built."""
+    root = tmp_path_factory.mktemp("built")
+    shutil.copytree(phantom_root / "data", root / "data")
+    write_params(root / "params.yaml", ["profile=smoke", "align.rounds=1", "align.recolour=false", "align.gates.copying=0"])
+    for node in (("data", "standard"), ("data", "amber"), ("image_flow", None), ("labeller", None)):
+        run_stage(root, *node, quiet=True)
+    return root
+
+
+@pytest.fixture(scope="module")
+def kit(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("kit") / "kit"
+    write_kit(load_project(built / "params.yaml"), built, "amber", out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def images(built: Path) -> Path:
+    return built / "data/references/amber"
+
+
+@pytest.fixture(scope="module")
+def file(kit: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("hospital") / "amber.safetensors"
+    apply_kit(kit, images, out)
+    return out
+
+
+def few(images: Path, n: int, to: Path) -> Path:
+    to.mkdir()
+    for each in sorted((images / "images").iterdir())[:n]:
+        shutil.copyfile(each, to / each.name)
+    return to
+
+
+def test_moments_are_those_computed_by_hand(built: Path, kit: Path, images: Path, file: Path) -> None:
+    found = read_moments(file)
+    source = read_pairs(built / artifact_dir("data", "standard"), "train")
+    unit = to_unit(source.images)
+    shown = to_unit(np.stack([np.asarray(Image.open(each).convert("RGB").resize(source.images.shape[1:3], Image.Resampling.LANCZOS, reducing_gap=2.0))
+                              for each in sorted((images / "images").iterdir())]))
+    order = in_drawn_order([each.stem for each in sorted((images / "images").iterdir())], 0)
+    features = Standardised(StatConv(), unit, unit[:, :0])(shown[order], shown[order][:, :0])[0].double()
+    assert found.n_images == {"align": 4, "held_out": 2}
+    for role, rows in (("align", features[:4]), ("held_out", features[4:])):
+        whole = found.sets[role][0]
+        assert whole is not None and whole.count == len(rows)
+        assert torch.allclose(whole.mean.double(), rows.mean(0), atol=1e-4)
+        assert torch.allclose(whole.variance.double(), ((rows - rows.mean(0)) ** 2).sum(0) / (len(rows) - 1), atol=1e-3, rtol=1e-4)
+
+
+def test_kit_and_file_hold_no_image_and_no_name(built: Path, kit: Path, images: Path, file: Path) -> None:
+    size = load_project(built / "params.yaml").data.size
+    tensors = load_file(file)
+    assert all(value.ndim == 1 and value.size < size * size for value in tensors.values())
+    stems = [each.stem for folder in (images, built / "data/source/standard") for each in (folder / "images").iterdir()]
+    for each in (file, *(path for path in kit.rglob("*") if path.is_file())):
+        content = each.read_bytes()
+        assert not [stem for stem in stems if stem.encode() in content], each
+        assert str(built).encode() not in content
+    assert {path.name for path in kit.iterdir()} == {"kit.json", "encoder.safetensors", "labeller", "README.txt"}
+    assert sum(path.stat().st_size for path in kit.rglob("*")) < 2 * 2**20
+    assert "alignflow reference-moments KIT IMAGES" in (kit / "README.txt").read_text()
+
+
+def test_the_same_images_give_the_same_bytes(kit: Path, images: Path, file: Path, tmp_path: Path) -> None:
+    apply_kit(kit, images, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
+
+
+def test_fewer_than_five_different_images_are_refused(kit: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    four = few(images, 4, tmp_path / "four")
+    shutil.copyfile(next(four.iterdir()), four / "copy.png")  # a copy is no fifth image
+    assert main(["reference-moments", str(kit), str(four), "--out", str(tmp_path / "m.safetensors")]) == 2
+    assert "has 4 different images" in capsys.readouterr().err
+    assert not (tmp_path / "m.safetensors").exists()
+    five = few(images, 5, tmp_path / "five")
+    assert main(["reference-moments", str(kit), str(five), "--out", str(tmp_path / "m.safetensors")]) == 0
+    told = capsys.readouterr().out
+    assert "3 images aligned to: mean and variance of features of whole image (3)" in told and "say much about" in told
+    assert main(["reference-moments", str(kit), str(five), "--out", str(tmp_path / "m.safetensors")]) == 2  # nothing is overwritten
+
+
+def test_every_bad_image_is_named(kit: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = few(images, 6, tmp_path / "images")
+    for name in ("bad1.png", "bad2.png"):
+        (folder / name).write_bytes(b"no picture")
+    assert main(["reference-moments", str(kit), str(folder), "--out", str(tmp_path / "m.safetensors")]) == 2
+    told = capsys.readouterr().err
+    assert "bad1.png" in told and "bad2.png" in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize("name", ["encoder.safetensors", "labeller/weights.safetensors", "labeller/config.json", "README.txt"])
+def test_an_altered_kit_is_refused(kit: Path, images: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    altered = shutil.copytree(kit, tmp_path / "altered")
+    content = bytearray((altered / name).read_bytes())
+    content[-3] ^= 1
+    (altered / name).write_bytes(content)
+    assert main(["reference-moments", str(altered), str(images), "--out", str(tmp_path / "m.safetensors")]) == 2
+    assert f"{name}: missing or not what kit.json records" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"format": 9}, {"files": {"../x": "0"}}, {"split": {"seed": 0, "held_out_fraction": 5.0}}, {"threads": "many"},
+                                    {"split": {}, "instrument": {}}])
+def test_a_kit_of_nonsense_is_refused(kit: Path, images: Path, tmp_path: Path, change: dict[str, object]) -> None:
+    altered = shutil.copytree(kit, tmp_path / "altered")
+    (altered / "kit.json").write_text(json.dumps(read_json(kit / "kit.json") | change))
+    with pytest.raises(InputError):
+        apply_kit(altered, images, tmp_path / "m.safetensors")
+
+
+def test_a_kit_whose_encoder_sees_otherwise_here_is_refused(kit: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alignflow_core.reward.statconv.StatConv.__init__.__defaults__", (16, 7))
+    with pytest.raises(InputError, match="other features here than where the kit was made"):
+        apply_kit(kit, images, tmp_path / "m.safetensors")
+
+
+def hostile(file: Path, to: Path, kind: str) -> Path:
+    tensors, data = load_file(file), bytearray(file.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    facts = json.loads(data[8:8 + length])["__metadata__"]
+    if kind == "flipped":
+        data[-1] ^= 1
+    elif kind == "cut":
+        data = data[:len(data) // 2]
+    elif kind == "empty":
+        data = bytearray()
+    elif kind == "json":
+        data = bytearray(b"\xff" * 64)
+    else:
+        if kind == "edited":
+            tensors["align/0/mean"] = tensors["align/0/mean"] + 1
+        if kind == "image":
+            tensors["extra"] = np.zeros((3, 8, 8), np.float32)
+        save_file(tensors, to, facts)
+        return to
+    to.write_bytes(bytes(data))
+    return to
+
+
+@pytest.mark.parametrize("kind", ["flipped", "cut", "empty", "json", "edited", "image"])
+def test_a_damaged_or_edited_file_is_refused(file: Path, tmp_path: Path, kind: str) -> None:
+    with pytest.raises(InputError, match=r"is no intact file of reference moments|cannot be"):
+        read_moments(hostile(file, tmp_path / "m.safetensors", kind))
+
+
+@pytest.mark.parametrize("change", [
+    lambda known: {"n_images": {"align": 3, "held_out": 1}}, lambda known: {"n_images": {"held_out": 6}},
+    lambda known: {"n_images": {"align": 5, "held_out": 2}},
+    lambda known: {"sets": known.sets | {"align": [None, *known.sets["align"][1:]]}},
+    lambda known: {"sets": known.sets | {"align": [dataclasses.replace(known.sets["align"][0], variance=-known.sets["align"][0].variance),
+                                                   *known.sets["align"][1:]]}},
+    lambda known: {"sets": known.sets | {"align": [dataclasses.replace(known.sets["align"][0], mean=known.sets["align"][0].mean * np.nan),
+                                                   *known.sets["align"][1:]]}},
+])
+def test_a_file_of_impossible_numbers_is_refused(file: Path, tmp_path: Path, change: object) -> None:
+    known = read_moments(file)
+    write_moments(tmp_path / "m.safetensors", dataclasses.replace(known, **change(known)))  # type: ignore[operator]
+    with pytest.raises(InputError, match="is no intact file of reference moments"):
+        read_moments(tmp_path / "m.safetensors")
+
+
+# ---- aligning
+
+
+def aligned(root: Path, out: Path, references: Path, **settings: object) -> Path:
+    """Stage 2 for amber with the references of a folder; the rest as the project has it."""
+    project = load_project(root / "params.yaml")
+    target = project.targets["amber"]
+    config = SimpleNamespace(seed=project.seed, machine=project.machine, task=project.task, image_flow=project.image_flow,
+                             align=dataclasses.replace(target.align, **settings))
+    inputs = {name: root / artifact_dir(*node) for name, node in project.graph.inputs(STAGES["align"], "amber").items()} | {"references": references}
+    (out / "work").mkdir(parents=True)
+    align.run(config, inputs, out, Context("amber", root, out / "work", lambda metrics, step: None, lambda done, total, note: None))
+    return out
+
+
+def referenced(root: Path, out: Path, **given: object) -> Path:
+    """Stage ``references`` for amber with these settings."""
+    project = load_project(root / "params.yaml")
+    config = SimpleNamespace(references=References(**given), target_domain="amber", task=project.task, data=project.data)  # type: ignore[arg-type]
+    out.mkdir()
+    numbers = data.run_references(config, {"data:target": root / artifact_dir("data", "amber")}, out,
+                                  Context("amber", root, out, lambda metrics, step: None, lambda done, total, note: None))
+    (out / "metrics.json").write_text(json.dumps(numbers))
+    return out
+
+
+UNSURE = {"confidence": 0.34}  # of three classes: the few steps of profile smoke leave the labeller sure of nothing
+
+
+@pytest.mark.parametrize("settings", [UNSURE, UNSURE | {"encoder": "flow", "reward": "skl"}, {"regions": "none", "reward": "gaussian_skl"}], ids=str)
+def test_aligning_from_moments_is_aligning_from_the_images(built: Path, images: Path, tmp_path: Path, settings: dict[str, object]) -> None:
+    project = load_project(built / "params.yaml")
+    target = dataclasses.replace(project.targets["amber"], align=dataclasses.replace(project.targets["amber"].align, **settings))
+    write_kit(dataclasses.replace(project, targets=project.targets | {"amber": target}), built, "amber", tmp_path / "kit")
+    known = apply_kit(tmp_path / "kit", images, tmp_path / "m.safetensors")
+    assert all(each is not None for each in known.sets["align"][:2])  # the background, where regions are compared
+    from_images = aligned(built, tmp_path / "images", referenced(built, tmp_path / "refs", dir=str(images)), **settings)
+    from_file = aligned(built, tmp_path / "file", referenced(built, tmp_path / "none", file=str(tmp_path / "m.safetensors")), **settings)
+    one, other = load_tensors(from_images / "weights.safetensors"), load_tensors(from_file / "weights.safetensors")
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) <= 1e-6
+    start = load_tensors(built / artifact_dir("image_flow", None) / "weights.safetensors")
+    assert max(float((one[name] - start[name]).abs().max()) for name in one if name in start and one[name].shape == start[name].shape) > 1e-4
+    looks = [pd.read_parquet(folder / "gates.parquet") for folder in (from_images, from_file)]
+    assert looks[0].drop(columns="copy_ratio").equals(looks[1].drop(columns="copy_ratio"))
+    assert looks[1]["copy_ratio"].isna().all() and looks[0]["copy_ratio"].notna().all()
+    assert read_json(from_file / "verdict.json")["copy_gate"].startswith("not measured")
+    assert "copy_gate" not in read_json(from_images / "verdict.json")
+
+
+def test_without_a_held_out_part_the_aligning_one_serves_twice(built: Path, images: Path, tmp_path: Path) -> None:
+    project = load_project(built / "params.yaml")
+    target = dataclasses.replace(project.targets["amber"], references=dataclasses.replace(project.targets["amber"].references, held_out_fraction=0.0))
+    write_kit(dataclasses.replace(project, targets=project.targets | {"amber": target}), built, "amber", tmp_path / "kit")
+    assert apply_kit(tmp_path / "kit", images, tmp_path / "m.safetensors").n_images == {"align": 6}
+    out = aligned(built, tmp_path / "out", referenced(built, tmp_path / "none", file=str(tmp_path / "m.safetensors")))
+    looks = pd.read_parquet(out / "gates.parquet")
+    assert (looks["held_out_reward"] == looks["reward"]).all()
+
+
+def test_stage_references_of_a_file_has_no_rows(built: Path, file: Path, tmp_path: Path) -> None:
+    out = referenced(built, tmp_path / "none", file=str(file))
+    pairs = read_pairs(out)
+    assert len(pairs) == 0 and pairs.masks is None and pairs.images.shape[1:] == read_pairs(built / artifact_dir("data", "amber")).images.shape[1:]
+    assert read_json(out / "metrics.json") == {"n_references": 6.0, "n_align": 4.0, "n_held_out": 2.0, "labelled": 0.0}
+    assert (out / MOMENTS_FILE).read_bytes() == file.read_bytes()
+
+
+def test_moments_of_another_kit_are_refused(built: Path, file: Path, tmp_path: Path) -> None:
+    known = read_moments(file)
+    other = dataclasses.replace(known, instrument=dict(known.instrument) | {"labeller": "0" * 64, "confidence": 0.7})
+    write_moments(tmp_path / "other.safetensors", other)
+    with pytest.raises(InputError, match=r"was measured with another kit \(other confidence, labeller\)"):
+        aligned(built, tmp_path / "a", referenced(built, tmp_path / "refs", file=str(tmp_path / "other.safetensors")))
+    write_moments(tmp_path / "probe.safetensors", dataclasses.replace(known, probe=[value + 1 for value in known.probe]))
+    with pytest.raises(InputError, match="its kit's encoder gives other features than this run's"):
+        aligned(built, tmp_path / "b", referenced(built, tmp_path / "refs2", file=str(tmp_path / "probe.safetensors")))
+    write_moments(tmp_path / "size.safetensors", dataclasses.replace(known, instrument=dict(known.instrument) | {"size": 99}))
+    with pytest.raises(InputError, match="was measured at 99 pixels"):
+        referenced(built, tmp_path / "refs3", file=str(tmp_path / "size.safetensors"))
+
+
+# ---- the whole way
+
+
+def run_arguments(root: Path, references: Path, out: Path, *overrides: str) -> list[str]:
+    return ["run", "--source", str(root / "data/source/standard"), "--target", f"amber={root / 'data/target/amber'}", "--references", str(references),
+            "--task", "refuge", "--out", str(out), "--quiet", "profile=smoke", *overrides]
+
+
+def told_by_audit(run: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    main(["audit", str(run)])
+    return capsys.readouterr().out
+
+
+def test_run_from_a_file_of_moments_to_the_report(phantom_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run with images, make a kit of it, apply it, run with the file alone."""
+    from pipelines import checks, preview
+
+    images, out = phantom_root / "data/references/amber", tmp_path / "run"
+    params: dict[str, object] = {"source": "standard", "domains": {name: {"dir": str(phantom_root / f"data/{kind}/{name}")}
+                                                for name, kind in (("standard", "source"), ("amber", "target"))}}
+    params |= {"targets": {"amber": {"domain": "amber", "references": {"count": 6}}}}
+    write_params(out / "params.yaml", ["task=refuge", "profile=smoke"], params)
+    assert main(["reference-kit", str(out), "--out", str(tmp_path / "kit"), "--quiet"]) == 0
+    assert main(["reference-moments", str(tmp_path / "kit"), str(images), "--out", str(tmp_path / "amber.safetensors")]) == 0
+    capsys.readouterr()
+    assert main(run_arguments(phantom_root, tmp_path / "amber.safetensors", out)) == 0
+    told = capsys.readouterr()
+    assert "not recorded" not in told.err
+    page = Path(told.out.removeprefix("report: ").strip()).read_text(encoding="utf-8")
+    for words in ("6 unlabelled references (2 of them held out to decide when to stop), known by a file of moments alone", "Copy gate not measured",
+                  "Not against the references", "nobody here can say whether images copy them"):
+        assert words in page
+    assert "References of amber" not in page
+    target = load_project(out / "params.yaml").targets["amber"]
+    assert (target.align.rounds, target.align.recolour, target.references.dir) == (1, False, None)
+    arms = set(pd.read_parquet(out / "artifacts/evaluate/amber/metrics.parquet")["arm"])
+    assert not arms & {"reinhard", "fourier", "references-labelled"} and {"source", "stage1", "aligned", "aligned+filtered", "oracle"} <= arms
+    copies = pd.read_parquet(out / "artifacts/evaluate/amber/copying.parquet")
+    assert set(copies["bank"]) == {"source"}
+    for stage, own in checks.CHECKS.items():
+        for key in load_project(out / "params.yaml").graph.keys(STAGES[stage]):
+            results = {check.name: check(out, key) for check in own}
+            assert not [name for name, result in results.items() if "cannot_be_checked" in result.metadata]
+            if stage in ("references", "align"):
+                assert all(result.passed for name, result in results.items() if name != "diversity"), stage
+    assert preview.metadata(out, "references", "amber")["n_references"] == 6
+    assert "references: a file of moments, no images here" in told_by_audit(out, capsys)
+    assert plan(out) == []
+    (tmp_path / "amber.safetensors").write_bytes((tmp_path / "amber.safetensors").read_bytes() + b"\0")
+    assert ("references@amber", "1 reference file replaced") in plan(out)
+    (tmp_path / "amber.safetensors").unlink()
+    assert "raw file" in dict(plan(out))["references@amber"] and "is missing" in dict(plan(out))["references@amber"]
+
+
+def test_what_run_refuses_about_files_of_moments(phantom_root: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(run_arguments(phantom_root, file, tmp_path / "a", "align.rounds=3")) == 2
+    assert "set align.rounds=1" in capsys.readouterr().err
+    assert main(run_arguments(phantom_root, tmp_path / "none.safetensors", tmp_path / "b")) == 2
+    assert "none.safetensors" in capsys.readouterr().err
+    two = ["--target", f"dim={phantom_root / 'data/target/dim'}"]
+    assert main([*run_arguments(phantom_root, file, tmp_path / "c"), *two]) == 2
+    assert "is one file, there are 2 targets; give a folder with NAME.safetensors for each" in capsys.readouterr().err
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    assert main(run_arguments(phantom_root, tmp_path / "bad.safetensors", tmp_path / "d")) == 2
+    assert "is no intact file of reference moments" in capsys.readouterr().err
+    assert not [name for name in "abcd" if (tmp_path / name).exists()]
+
+
+def test_several_targets_may_mix_files_and_folders(phantom_root: Path, file: Path, tmp_path: Path) -> None:
+    from pipelines.local import Folders, prepare_run
+
+    given = tmp_path / "given"
+    shutil.copytree(phantom_root / "data/references/dim", given / "dim")
+    shutil.copyfile(file, given / "amber.safetensors")
+    targets = {name: phantom_root / "data/target" / name for name in ("amber", "dim")}
+    prepare_run(Folders(phantom_root / "data/source/standard", targets, str(given)), "refuge", tmp_path / "out", ["profile=smoke"])
+    project = load_project(tmp_path / "out/params.yaml")
+    assert (project.targets["amber"].references.file, project.targets["amber"].align.recolour) == (str(given / "amber.safetensors"), False)
+    assert (project.targets["dim"].references.dir, project.targets["dim"].align.recolour) == (str(given / "dim"), True)
+
+
+def test_target_add_takes_a_file(smoke_root: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipelines import dvcfile
+
+    assert main(["target", "add", "north", "--references", str(file), "--like", "amber", "--root", str(smoke_root)]) == 0
+    added = load_project(smoke_root / "params.yaml").targets["north"]
+    assert (added.references.file, added.references.dir, added.align.rounds, added.align.recolour) == (str(file), None, 1, False)
+    entries = yaml.safe_load(dvcfile.render(load_project(smoke_root / "params.yaml"), smoke_root))["stages"]["references"]["foreach"]
+    assert entries["north"]["raw"] == str(file) and entries["amber"]["raw"] == "data/references/amber"
+    assert main(["target", "list", "--root", str(smoke_root)]) == 0
+    assert f"references {file}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("overrides", "words"), [(["encoder=ssl"], "align.encoder 'ssl' cannot travel in a kit"),
+                                                  (["align.regions=labels"], "needs masks at the hospital")])
+def test_what_cannot_travel_makes_no_kit(built: Path, tmp_path: Path, overrides: list[str], words: str) -> None:
+    write_params(tmp_path / "params.yaml", ["profile=smoke", *overrides])
+    with pytest.raises(InputError, match=words):
+        write_kit(load_project(tmp_path / "params.yaml"), built, "amber", tmp_path / "kit")
+    assert not (tmp_path / "kit").exists()
