@@ -1,6 +1,7 @@
 """Networks and training state on disk: tensors in safetensors, the rest in JSON, never pickle."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,33 @@ def load_network(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read weights and config. Raises :class:`InputError` on a missing, damaged or altered file."""
     config = read_json(folder / "config.json")
     file = folder / "weights.safetensors"
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / 'config.json'}: no description of a network; rebuild the artifact it belongs to")
     if not file.exists() or file_hash(file) != config.get("weights_sha256"):
         raise InputError(f"{file}: missing or not what config.json records; rebuild the artifact it belongs to")
     return load_tensors(file), config
+
+
+def rebuilt(folder: Path, build: Callable[[dict[str, Any]], nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a checkpoint folder with its weights, in evaluation mode, and its config.
+
+    What the config describes is first laid out without memory and held against the weights: a config from elsewhere can name anything.
+
+    Raises:
+        InputError: the config describes no network, or another one than the weights are of.
+    """
+    weights, config = load_network(folder)
+    try:
+        with torch.device("meta"):
+            expected = {name: value.shape for name, value in build(config).state_dict().items()}
+        if expected != {name: value.shape for name, value in weights.items()}:
+            raise InputError("its weights are those of another network")
+        model = build(config)
+        model.load_state_dict(weights)
+    except (InputError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        raise InputError(f"{folder}: config.json does not describe a network of ours ({' '.join(str(error).split())[:200]}); "
+                         "rebuild the artifact") from error
+    return model.eval(), config
 
 
 def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:

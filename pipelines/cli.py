@@ -13,7 +13,12 @@ STALE = 3
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; exit code 0 fine, 1 failure, 2 bad input or usage, 3 something is stale, 130 or 143 interrupted."""
-    options = parser().parse_args(arguments)
+    grammar = parser()
+    options, rest = grammar.parse_known_args(arguments)
+    if any("=" not in word or word.startswith("-") for word in rest) or (rest and "overrides" not in options):
+        grammar.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse takes what follows an option for no part of the list before it
+        options.overrides += rest
     command: Callable[[argparse.Namespace], int] = options.command
     return exit_code(lambda: command(options))
 

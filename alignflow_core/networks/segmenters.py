@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from alignflow_core.checkpoint import load_network, save_network
+from alignflow_core.checkpoint import rebuilt, save_network
 from alignflow_core.config import SegmenterNetwork, Task
 from alignflow_core.masks import from_regions, regions
 from alignflow_core.networks.registry import ARCHITECTURES
@@ -130,7 +130,5 @@ def stored_network(config: dict[str, Any]) -> SegmenterNetwork:
 
 def load_segmenter(folder: Path, device: torch.device) -> nn.Module:
     """The segmenter of a checkpoint folder, on its device, in evaluation mode."""
-    weights, config = load_network(folder)
-    model = build_segmenter(config["n_classes"], stored_network(config), seed=0, layout=config.get("layout"))
-    model.load_state_dict(weights)
-    return model.to(device).eval()
+    model, _ = rebuilt(folder, lambda config: build_segmenter(config["n_classes"], stored_network(config), seed=0, layout=config.get("layout")))
+    return model.to(device)

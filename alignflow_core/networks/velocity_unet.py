@@ -9,12 +9,12 @@ loss on source pairs holds the shared weights without pulling the target's colou
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from alignflow_core.checkpoint import load_network, save_network
+from alignflow_core.checkpoint import rebuilt, save_network
 from alignflow_core.config import Network
 from alignflow_core.flow.path import VelocityModel
 from alignflow_core.painters.registry import CONDITIONERS
@@ -76,8 +76,9 @@ def save(folder: Path, weights: dict[str, Tensor], channels: int, cond_channels:
 
 def load(folder: Path) -> tuple[VelocityUNet, dict[str, Any]]:
     """The network of a checkpoint folder, in evaluation mode, and its config."""
-    weights, config = load_network(folder)
-    shape: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in config["network"].items()}
-    model = build(config["channels"], config["cond_channels"], Network(**shape), 0, config["conditioner"])
-    model.load_state_dict(weights)
-    return model.eval(), config
+    def described(config: dict[str, Any]) -> VelocityUNet:
+        shape: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in config["network"].items()}
+        return build(config["channels"], config["cond_channels"], Network(**shape), 0, config["conditioner"])
+
+    model, config = rebuilt(folder, described)
+    return cast(VelocityUNet, model), config
