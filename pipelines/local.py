@@ -16,7 +16,8 @@ from alignflow_core.validation import nearest
 from pipelines.compose import compose, options, write_params
 
 MOMENTS_SUFFIX = ".safetensors"
-FOR_MOMENTS = {"rounds": 1, "recolour": False}  # of ``align``: what needs the references' images
+# Of ``align``: without what needs the references' images, and with a reward that pulls as hard as it must alone (docs/decisions/0009).
+FOR_MOMENTS = {"rounds": 1, "recolour": False, "rho": 3.0}
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Folders:
     def layout(self) -> dict[str, Any]:
         """``source``, ``domains`` and ``targets`` of params.yaml, with absolute folders.
 
-        A target whose references are moments is aligned in one round without recolouring, which need images.
+        A target whose references are moments is aligned in one round without recolouring, which need images, and with a stronger reward.
 
         Raises:
             InputError: bad target name, or a folder given twice.
@@ -129,7 +130,7 @@ def prepare_run(folders: Folders, task: str, out: Path, overrides: Sequence[str]
 
 
 def _unless_asked_otherwise(layout: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The layout without those settings for moments that an override speaks of: the validation then says why that cannot be."""
+    """The layout without those settings for moments that an override speaks of: that one counts, or the validation says why it cannot be."""
     asked = {override.partition("=")[0] for override in overrides}
     targets = {name: target | {"align": {key: value for key, value in target["align"].items() if f"align.{key}" not in asked}}
                for name, target in layout["targets"].items() if "align" in target}

@@ -368,7 +368,7 @@ def test_run_from_a_file_of_moments_to_the_report(phantom_root: Path, tmp_path: 
         assert words in page
     assert "References of amber" not in page
     target = load_project(out / "params.yaml").targets["amber"]
-    assert (target.align.rounds, target.align.recolour, target.references.dir) == (1, False, None)
+    assert (target.align.rounds, target.align.recolour, target.align.rho, target.references.dir) == (1, False, 3.0, None)
     arms = set(pd.read_parquet(out / "artifacts/evaluate/amber/metrics.parquet")["arm"])
     assert not arms & {"reinhard", "fourier", "references-labelled"} and {"source", "stage1", "aligned", "aligned+filtered", "oracle"} <= arms
     copies = pd.read_parquet(out / "artifacts/evaluate/amber/copying.parquet")
@@ -409,9 +409,10 @@ def test_several_targets_may_mix_files_and_folders(phantom_root: Path, file: Pat
     shutil.copytree(phantom_root / "data/references/dim", given / "dim")
     shutil.copyfile(file, given / "amber.safetensors")
     targets = {name: phantom_root / "data/target" / name for name in ("amber", "dim")}
-    prepare_run(Folders(phantom_root / "data/source/standard", targets, str(given)), "refuge", tmp_path / "out", ["profile=smoke"])
+    prepare_run(Folders(phantom_root / "data/source/standard", targets, str(given)), "refuge", tmp_path / "out", ["profile=smoke", "align.rho=1"])
     project = load_project(tmp_path / "out/params.yaml")
     assert (project.targets["amber"].references.file, project.targets["amber"].align.recolour) == (str(given / "amber.safetensors"), False)
+    assert project.targets["amber"].align.rho == 1.0  # what is asked for counts
     assert (project.targets["dim"].references.dir, project.targets["dim"].align.recolour) == (str(given / "dim"), True)
 
 
