@@ -1,4 +1,4 @@
-# make setup | demo | test | nightly | bench | lint | lock | sbom
+# make setup | demo | test | nightly | reliability | bench | lint | lock | sbom
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -14,7 +14,7 @@ CUDA := bindings pathfinder toolkit
 NVIDIA := cublas cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx
 OUTSIDE_LOCK := torch triton $(CUDA:%=cuda-%) $(NVIDIA:%=nvidia-%)
 
-.PHONY: setup demo test nightly bench lint lock sbom
+.PHONY: setup demo test nightly reliability bench lint lock sbom
 
 setup: $(STAMP)
 
@@ -32,6 +32,11 @@ test: setup lint
 nightly: setup
 	@. .ci/pip-settings && $(BIN)/uv pip install --quiet --constraint <(grep -v '^ ' requirements.lock | sed 's/ *\\$$//') --editable '.[nightly]'
 	@$(BIN)/python -m pytest -n 2 -m nightly
+
+# The figures of docs/reliability.md, the long ones included, as a table at the end.
+reliability: setup
+	@$(BIN)/python -m pytest -n 2 -m 'nightly or not nightly' tests/test_reliability.py tests/test_hostile.py tests/test_audit.py tests/test_no_metadata.py \
+		tests/test_cancel.py tests/test_layers.py
 
 # Ratios against a peer measured in the same run; BENCH_ARGS="--json FILE" keeps them.
 # benchmarks/reward_per_second.py needs a finished run and is started by hand.

@@ -91,7 +91,8 @@ def test_intervals_do_not_depend_on_ids() -> None:
     found = []
     for seed in (1, 2):
         names = [f"{value:016x}" for value in np.random.default_rng(seed).integers(0, 2**60, 30)]
-        frames = [pd.DataFrame({"target": "t", "arm": arm, "segmenter_seed": 0, "case_id": names, "group": [names[i // 2] for i in range(30)],
+        frames = [pd.DataFrame({"target": "t", "arm": arm, "segmenter": "unet", "segmenter_seed": 0, "case_id": names,
+                                "group": [names[i // 2] for i in range(30)],
                                 "class": "x", "metric": "dice", "value": values})
                   for arm, values in (("source", np.linspace(0, 0.5, 30) ** 2), ("aligned", np.linspace(0.1, 0.9, 30) ** 0.5))]
         found.append(compare(pd.concat(frames), Evaluate(bootstrap=50), 0))
