@@ -81,7 +81,7 @@ def test_paper_on_the_phantom(tmp_path: Path) -> None:
     terms = pd.read_csv(out / "paper/terms.csv").set_index("painter")
     assert terms["images seen, base included"].nunique() == 1
     assert (terms["parameters of the trunk"] / terms.loc["stage1", "parameters of the trunk"] - 1).abs().max() <= 0.1
-    assert set(pd.read_csv(out / "paper/references.csv")["n_references"]) == {2, 6}
+    assert set(pd.read_csv(out / "paper/references.csv")["n_references"]) == {2, 10}
     page = (out / "paper/index.html").read_text(encoding="utf-8")
     assert not re.search(r"<td>\s*(nan|NaN)?\s*</td>", page), "no empty cell"
     assert page.count("data:image/svg") == 4 and len(list((out / "paper").glob("*.tex"))) == 5

@@ -2,11 +2,15 @@
 
 import json
 import shutil
+import sqlite3
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from toy_project import copied, run, set_param
@@ -137,6 +141,30 @@ def test_a_lost_tracker_hurts_no_run(tracked: Path, tmp_path: Path) -> None:
     assert tracking.attempt(root, "align", "amber") is None
     (root / "mlflow.db").write_text("not a database")
     assert "not recorded in MLflow" in str(tracking.attempt(root, "align", "amber"))
+
+
+def test_nothing_is_lost_while_the_tracker_is_locked_or_gone(tracked: Path, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    """A thousand points of a curve: the artifact is their spool, the next attempt replays it."""
+    root = copied(tracked, tmp_path)
+    curve = pd.DataFrame({"step": range(1000), "metric": "loss", "value": np.linspace(1, 0, 1000)})
+    curve.to_parquet(root / "artifacts/align/amber/curves.parquet")
+    file = provenance_file(root, "align", "amber")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"content": "another", "fingerprint": "another"}))
+    holder = sqlite3.connect(root / "mlflow.db")
+    holder.execute("BEGIN EXCLUSIVE")
+    assert "not recorded in MLflow" in str(tracking.attempt(root, "align", "amber"))
+    holder.rollback()
+    holder.close()
+    again = "from pathlib import Path; from pipelines.tracking import attempt; print(attempt(Path('.'), 'align', 'amber'))"
+    (root / "mlflow.db").rename(root / "elsewhere.db")
+    (root / "mlflow.db").write_text("gone")
+    assert "not recorded in MLflow" in run(root, "-c", again)
+    (root / "elsewhere.db").replace(root / "mlflow.db")
+    assert run(root, "-c", again).strip() == "None", "the same command makes up for it"
+    (run_of,) = (each for each in runs_of(root) if each.info.run_name == "align@amber" and each.data.tags["content"] == "another")
+    points = tracking.client(root).get_metric_history(run_of.info.run_id, "curve/loss")
+    assert [(point.step, point.value) for point in points] == list(zip(curve["step"], curve["value"], strict=True))
+    record_property("figure", ("tracker locked, then gone", "0 of 1,000 points lost"))
 
 
 def test_what_a_run_holds(tracked: Path) -> None:
