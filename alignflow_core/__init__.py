@@ -11,5 +11,7 @@
  7. train segmenters on real and synthetic pairs                    ``segment.py``     downstream use
  8. score every arm on held-out target images                       ``evaluate.py``    tables of Dice, IoU and image distances
  9. compare the arms with paired statistics                         ``compare.py``     our choice
+    (other painters to compare with: ``comparator.py``, parts in ``painters/``)        its comparators
 10. put tables, image grids and feature maps on one page            ``report.py``      figures
+    (the paper's own tables and figures from finished runs: ``paper.py``)              its tables
 """

@@ -4,7 +4,6 @@ One that adds to a frozen unconditional painter spends ``comparator_base.share``
 """
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from alignflow_core.checkpoint import load_network
 from alignflow_core.config import ImageFlow
 from alignflow_core.devices import autocast, prepare
+from alignflow_core.flow.batch import training_batch
 from alignflow_core.flow.train import train
 from alignflow_core.masks import condition
 from alignflow_core.networks import velocity_unet
@@ -60,29 +60,17 @@ def _fit(network: velocity_unet.VelocityUNet, process_name: str, objective: str,
     process, loss_of = load(PROCESSES, process_name)(), load(OBJECTIVES, objective)
     training = dataclasses.replace(settings.training, steps=steps)
 
-    def loss_at(i: int) -> torch.Tensor:
+    def step(i: int) -> dict[str, float]:
         draw = generator(config.seed, "image_flow", i)  # the rows, flips and noises of stage 1
-        rows = torch.randint(len(images), (training.batch,), generator=draw).to(device)
-        x1, c = images[rows], cond[rows]
-        if settings.flip:
-            flipped = (torch.rand(len(x1), generator=draw) < 0.5).view(-1, 1, 1, 1).to(device)
-            x1, c = torch.where(flipped, x1.flip(3), x1), torch.where(flipped, c.flip(3), c)
+        x1, c = training_batch(images, cond, training.batch, settings.flip, draw)
         with autocast(config.machine, device):
-            found: torch.Tensor = loss_of(model, process, x1, c, settings, draw, i / steps)
-        return found
+            loss = loss_of(model, process, x1, c, settings, draw, i / steps)
+        loss.backward()
+        return {"loss": loss.item()}
 
-    ema = train(model, _step(loss_at), training, context.work_dir / "state.safetensors", context.log, context.progress)
+    ema = train(model, step, training, context.work_dir / "state.safetensors", context.log, context.progress)
     parameters = [p.numel() for p in network.parameters()]
     trained = [p.numel() for p in network.parameters() if p.requires_grad]
     trunk = [p.numel() for p in network.unet.parameters()]
     return {"parameters": float(sum(parameters)), "trained_parameters": float(sum(trained)), "trunk_parameters": float(sum(trunk)),
             "steps": float(steps)}, ema.shadow
-
-
-def _step(loss_at: Callable[[int], torch.Tensor]) -> Callable[[int], dict[str, float]]:
-    def step(i: int) -> dict[str, float]:
-        loss = loss_at(i)
-        loss.backward()
-        return {"loss": loss.item()}
-
-    return step

@@ -8,6 +8,7 @@ import torch
 from alignflow_core.config import ImageFlow, Task
 from alignflow_core.devices import autocast, prepare, ready
 from alignflow_core.distributed import own_rows
+from alignflow_core.flow.batch import training_batch
 from alignflow_core.flow.loss import flow_matching_loss
 from alignflow_core.flow.train import train
 from alignflow_core.masks import condition
@@ -32,11 +33,7 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
 
     def step(i: int) -> dict[str, float]:
         draw = generator(config.seed, "image_flow", i)
-        rows = torch.randint(len(images), (settings.training.batch,), generator=draw).to(device)
-        x1, c = images[rows], cond[rows]
-        if settings.flip:
-            flipped = (torch.rand(len(x1), generator=draw) < 0.5).view(-1, 1, 1, 1).to(device)
-            x1, c = torch.where(flipped, x1.flip(3), x1), torch.where(flipped, c.flip(3), c)
+        x1, c = training_batch(images, cond, settings.training.batch, settings.flip, draw)
         with autocast(config.machine, device):
             loss = flow_matching_loss(model, x1, c, settings.times, draw, settings.coupling, settings.condition_dropout, own)
         loss.backward()

@@ -81,15 +81,21 @@ def run_paired(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any
         model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         parts = []
         for start in range(0, len(pairs), settings.batch):
-            part = np.asarray(pairs.labels[start:start + settings.batch])
-            noise = torch.stack([torch.randn(3, *part.shape[1:], generator=generator(config.seed, "paired", start + i)) for i in range(len(part))])
-            with autocast(config.machine, device), torch.no_grad():
-                parts.append(to_bytes(_drawn(velocity_unet.in_domain(model, facts["domain"]), noise.to(device),
-                                             condition(part, config.task, facts["clip"]).to(device), facts, settings)))
+            parts.append(_painted(model, facts, pairs.labels[start:start + settings.batch], ("paired", start), config, device))
         np.save(out_dir / f"{painter}.npy", np.concatenate(parts))
         context.progress(done, len(painters), painter)
     pd.DataFrame({"case_id": pairs.ids}).to_parquet(out_dir / "manifest.parquet", index=False)
     return {"n_pairs": float(len(pairs)), "painters": float(len(painters))}
+
+
+def _painted(model: torch.nn.Module, facts: dict[str, Any], masks: np.ndarray, seeds: tuple[str, int], config: Any,
+             device: torch.device) -> np.ndarray:
+    """Images uint8 [n, H, W, 3] of class numbers [n, H, W]; image i from noise seeded by ``(seed, seeds[0], seeds[1] + i)``."""
+    masks = np.asarray(masks)
+    cond = condition(masks, config.task, facts["clip"]).to(device)
+    noise = torch.stack([torch.randn(3, *masks.shape[1:], generator=generator(config.seed, seeds[0], seeds[1] + i)) for i in range(len(masks))])
+    with autocast(config.machine, device), torch.no_grad():
+        return to_bytes(_drawn(velocity_unet.in_domain(model, facts["domain"]), noise.to(device), cond, facts, config.sample))
 
 
 def _drawn(model: VelocityModel, noise: Tensor, cond: Tensor, facts: dict[str, Any], settings: Sample) -> Tensor:
@@ -125,12 +131,7 @@ def _paint(config: Any, checkpoint_dir: Path, base_dir: Path | None, masks_dir: 
     for start in chunks:
         part = context.work_dir / f"chunk{start:08d}.npy"
         if not part.exists():
-            chosen = np.asarray(masks[start:start + settings.batch])
-            cond = condition(chosen, config.task, facts["clip"]).to(device)
-            noise = torch.stack([torch.randn(3, *chosen.shape[1:], generator=generator(config.seed, "pair", start + i)) for i in range(len(chosen))])
-            with autocast(config.machine, device), torch.no_grad():
-                images = to_bytes(_drawn(velocity_unet.in_domain(model, facts["domain"]), noise.to(device), cond, facts, settings))
-            np.save(part.with_suffix(".part.npy"), images)
+            np.save(part.with_suffix(".part.npy"), _painted(model, facts, masks[start:start + settings.batch], ("pair", start), config, device))
             part.with_suffix(".part.npy").rename(part)
         parts.append(read_array(part))
         context.progress(min(start + settings.batch, len(masks)), len(masks), "images")

@@ -19,7 +19,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from alignflow_core.artifact import file_hash, tree_hash
-from alignflow_core.checkpoint import load_network
 from alignflow_core.config import Task, load_project
 from alignflow_core.errors import InputError
 from alignflow_core.networks import velocity_unet
@@ -363,7 +362,9 @@ def test_hostile_checkpoints_are_refused(tmp_path: Path, record_property: Record
 
     network, canary, folder, refused = Network(channels=(8, 16), attention=(False, False), head_channels=8), tmp_path / "canary", tmp_path / "net", 0
     model = velocity_unet.build(3, 2, network, seed=0)
-    for name in hostile_checkpoints_names(folder, model, network, canary):
+    velocity_unet.save(folder, model.state_dict(), 3, 2, network)
+    velocity_unet.load(folder)
+    for name in list(hostile_checkpoints(folder, canary)):
         shutil.rmtree(folder, ignore_errors=True)
         velocity_unet.save(folder, model.state_dict(), 3, 2, network)
         hostile_checkpoints(folder, canary)[name]()
@@ -373,12 +374,6 @@ def test_hostile_checkpoints_are_refused(tmp_path: Path, record_property: Record
         refused += 1
     assert refused == 15 and not canary.exists()
     record_property("figure", ("hostile checkpoints", f"{refused}/15 refused, canary never made"))
-
-
-def hostile_checkpoints_names(folder: Path, model: velocity_unet.VelocityUNet, network: object, canary: Path) -> list[str]:
-    velocity_unet.save(folder, model.state_dict(), 3, 2, network)  # type: ignore[arg-type]
-    load_network(folder)
-    return list(hostile_checkpoints(folder, canary))
 
 
 def hostile_configs(canary: Path) -> list[str]:
