@@ -48,16 +48,24 @@ def json_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def write_json(file: Path, value: Any) -> None:
-    """Write indented JSON with sorted keys, by rename, so that a reader never sees half a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file that gets its name when all of it is on the disk: no reader sees half of it, and none is left by a loss of power."""
     part = file.with_name(f".{file.name}.part{os.getpid()}")
-    with part.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1, sort_keys=True)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(file)
+    try:
+        with part.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(file)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write indented JSON with sorted keys."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_json(file: Path) -> Any:

@@ -1,16 +1,16 @@
 """Networks and training state on disk: tensors in safetensors, the rest in JSON, never pickle."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from alignflow_core.artifact import file_hash, read_json, write_json
+from alignflow_core.artifact import file_hash, read_json, write_json, write_whole
 from alignflow_core.errors import InputError
 
 
@@ -55,12 +55,8 @@ def rebuilt(folder: Path, build: Callable[[dict[str, Any]], nn.Module]) -> tuple
 
 
 def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors by rename, so that a reader never sees half a file."""
-    part = file.with_name(f".{file.name}.part{os.getpid()}")
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part)
-    with part.open("rb") as stream:
-        os.fsync(stream.fileno())
-    part.replace(file)
+    """Write tensors as :func:`write_whole` does."""
+    write_whole(file, to_bytes({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import numpy as np
 from alignflow_core.artifact import read_json, write_json
 from alignflow_core.config import Task
 from alignflow_core.errors import InputError
-from alignflow_core.folders import GROUP_FILES, Case, Listing, check_folder
+from alignflow_core.folders import Case, Listing, check_folder, group_files
 from alignflow_core.readers import ReadError, read_image, read_mask
 from alignflow_core.site_key import VARIABLE, key_check, key_file, pseudonym
 
@@ -110,7 +110,7 @@ def run_references(config: Any, inputs: Mapping[str, Path], out_dir: Path, conte
         listing = check_folder(context.root / wanted.dir, config.task, labelled=False, root=context.root)
         cases = [listing.cases[i] for i in in_drawn_order([case.stem for case in listing.cases], wanted.seed)]
         known = dict(zip(manifest["case_id"], manifest["group"], strict=True))
-        own_groups = any((listing.folder / name).exists() for name in GROUP_FILES)
+        own_groups = bool(group_files(listing.folder))
         listing = replace(listing, cases=tuple(cases))
         rows = [_row(case, domain) for case in cases]
         table = pd.DataFrame([row | {"group": row["group"] if own_groups else known.get(str(row["case_id"]), row["group"]),

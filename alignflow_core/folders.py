@@ -120,7 +120,7 @@ def _by_stem(folder: Path, problems: list[str], ignored: tuple[str, ...] = ()) -
         if file.name.startswith(".") or file.name.lower() in (*IGNORED, *ignored):
             continue
         other = taken.setdefault(file.stem.casefold(), file)
-        if file.is_dir() or file.suffix.lower() not in SUFFIXES:
+        if file.suffix.lower() not in SUFFIXES:
             problems.append(f"{file}: is not an image file ({', '.join(SUFFIXES)}); move it elsewhere")
             continue
         found.setdefault(file.stem, file)
@@ -129,9 +129,14 @@ def _by_stem(folder: Path, problems: list[str], ignored: tuple[str, ...] = ()) -
     return found
 
 
+def group_files(folder: Path) -> list[Path]:
+    """The files of a folder that name groups, however they are capitalised; one that cannot be read counts too."""
+    return sorted(file for file in folder.iterdir() if file.name.lower() in GROUP_FILES)
+
+
 def _read_groups(folder: Path, root: Path, stems: Mapping[str, Path], problems: list[str]) -> dict[str, str]:
     """Stem -> group as the folder's groups file says; no file, no entries."""
-    files = [folder / name for name in GROUP_FILES if (folder / name).exists()]
+    files = group_files(folder)
     if len(files) != 1:
         problems += [f"{file}: two group files in one folder; keep one" for file in files[1:]]
         return {}

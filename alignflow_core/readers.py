@@ -101,16 +101,15 @@ def read_bytes(file: Path, root: Path) -> bytes:
     try:
         if not file.resolve().is_relative_to(root.resolve()):
             raise ReadError("is a link that leads out of the data folder; copy the file in")
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # non-blocking: a pipe must not hang the check
+        with open(file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as stream:  # a pipe must not hang the check
+            status = os.fstat(stream.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ReadError("is not a regular file; remove it")
+            if status.st_size > MAX_BYTES:
+                raise ReadError(f"has {status.st_size / 2**20:.0f} MiB, the limit is {MAX_BYTES // 2**20}; make it smaller")
+            return stream.read(MAX_BYTES + 1)
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         raise ReadError(f"cannot be opened ({getattr(error, 'strerror', None) or error}); check the file and its permissions") from error
-    with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ReadError("is not a regular file; remove it")
-        if status.st_size > MAX_BYTES:
-            raise ReadError(f"has {status.st_size / 2**20:.0f} MiB, the limit is {MAX_BYTES // 2**20}; make it smaller")
-        return stream.read(MAX_BYTES + 1)
 
 
 @contextlib.contextmanager

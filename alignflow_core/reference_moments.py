@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import Tensor
 
+from alignflow_core.artifact import write_whole
 from alignflow_core.errors import InputError
 from alignflow_core.readers import ReadError, read_bytes
 from alignflow_core.reference_roles import ROLES
@@ -61,9 +62,7 @@ def write_moments(file: Path, known: ReferenceMoments) -> None:
     facts = {"format": FORMAT, "instrument": dict(known.instrument), "n_images": dict(known.n_images)}
     # Several entries of metadata come in any order; one keeps the bytes the same.
     told = {METADATA: json.dumps(facts | {"sha256": _digest(tensors, facts)}, sort_keys=True)}
-    part = file.with_name(f".{file.name}.part")
-    part.write_bytes(save(tensors, told))
-    part.replace(file)
+    write_whole(file, save(tensors, told))
 
 
 def read_moments(file: Path) -> ReferenceMoments:

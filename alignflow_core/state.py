@@ -6,7 +6,6 @@ the step, never by a time. Tensors only (safetensors), never pickle.
 
 import errno
 import hashlib
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from alignflow_core.artifact import sync_folder
+from alignflow_core.artifact import sync_folder, write_whole
 from alignflow_core.checkpoint import load_tensors
 from alignflow_core.errors import InputError, StageError
 
@@ -33,15 +32,9 @@ def save_state(file: Path, step: int, tensors: dict[str, Tensor]) -> None:
         StageError: the disk is full; what was there is intact.
     """
     content = to_bytes({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
-    part = file.with_name(f".{file.stem}.part{os.getpid()}")
     try:
-        with part.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(file.with_name(f"{file.stem}.{step:09d}.{digest(content)}.safetensors"))
+        write_whole(file.with_name(f"{file.stem}.{step:09d}.{digest(content)}.safetensors"), content)
     except OSError as error:
-        part.unlink(missing_ok=True)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise StageError(f"{file.parent}: no space for a state of {len(content) / MIB:.1f} MiB; free some and run the same command, "
@@ -53,7 +46,7 @@ def save_state(file: Path, step: int, tensors: dict[str, Tensor]) -> None:
 
 def load_state(file: Path) -> dict[str, Tensor]:
     """The latest save that is whole; empty where there is none. Damaged ones are named on stderr and removed."""
-    for leftover in file.parent.glob(f".{_escaped(file.stem)}.part*"):
+    for leftover in file.parent.glob(f".{_escaped(file.stem)}.*.part*"):
         leftover.unlink(missing_ok=True)
     for saved in states(file):
         if digest(saved.read_bytes()) == saved.name.split(".")[-2]:

@@ -1,7 +1,9 @@
 """Plain data -> frozen dataclasses, with every problem named by its dotted key; and the checks their fields use."""
 
+import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from typing import Any
@@ -40,14 +42,10 @@ def build(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
             return tuple(build(a, v, f"{where}[{i}]", problems) for i, (a, v) in enumerate(zip(each, value, strict=True)))
     elif origin is dict and isinstance(value, dict):
         return {build(args[0], k, where, problems): build(args[1], v, f"{where}.{k}", problems) for k, v in value.items()}
-    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if value == value and abs(value) != float("inf"):
-            return float(value)
-    elif kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
+    elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):  # YAML 1.1 reads 1e-3 as text
+        with contextlib.suppress(ValueError, OverflowError):
+            if math.isfinite(number := float(value)):
+                return number
     elif kind in (int, bool, str) and type(value) is kind:
         return value
     problems.append(f"{where}: must be {getattr(kind, '__name__', str(kind))}, got {value!r}")

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from PIL import Image
 from alignflow_core.config import Task
 from alignflow_core.data import case_id, check_folder
 from alignflow_core.errors import InputError
+from alignflow_core.readers import MAX_BYTES, ReadError, read_bytes, read_image, read_mask
 from alignflow_core.runner import run_stage
 
 LABELS = Task("labels", "labels", ("organ",), values={0: 0, 255: 1})
@@ -75,6 +77,11 @@ def _floats(folder: Path) -> None:
     Image.fromarray(np.ones((20, 24), np.float32)).save(folder / "images/a1.tif")
 
 
+def _wide(folder: Path, value: int) -> None:
+    (folder / "images/a1.png").unlink()
+    Image.fromarray(np.full((20, 24), value, np.int32)).save(folder / "images/a1.tif")
+
+
 def _pages(folder: Path) -> None:
     (folder / "images/a1.png").unlink()
     Image.new("L", (24, 20)).save(folder / "images/a1.tif", save_all=True, append_images=[Image.new("L", (24, 20), 90)])
@@ -84,6 +91,20 @@ def _link_out(folder: Path) -> None:
     outside = folder.parent / "outside.png"
     save(1, outside)
     _replace(folder / "images/a1.png", lambda file: file.symlink_to(outside))
+
+
+def _groups_out(folder: Path) -> None:
+    (folder.parent / "outside.csv").write_text("stem,patient\na1,x\n")
+    (folder / "groups.csv").symlink_to(folder.parent / "outside.csv")
+
+
+def _two_group_files(folder: Path) -> None:
+    for name in ("groups.csv", "sequences.csv"):
+        (folder / name).write_text("stem,patient\na1,x\n")
+
+
+def _too_many_bytes(folder: Path) -> None:
+    os.truncate(folder / "images/a1.png", MAX_BYTES + 1)  # takes no space on the disk
 
 
 def _circle(folder: Path) -> None:
@@ -99,12 +120,17 @@ CASES: dict[str, tuple[Callable[[Path], Any], str, str]] = {  # what is done, th
     "empty file": (lambda d: (d / "images/a1.png").write_bytes(b""), "images/a1.png", "is not a JPEG, PNG"),
     "text behind .png": (lambda d: (d / "images/a1.png").write_text("hello"), "images/a1.png", "is not a JPEG, PNG"),
     "other suffix": (lambda d: (d / "images/notes.txt").write_text("hello"), "images/notes.txt", "is not an image file"),
+    "other format": (lambda d: Image.new("RGB", (24, 20)).save(d / "images/a1.png", "PPM"), "images/a1.png", "is not a JPEG, PNG"),
     "folder among images": (lambda d: (d / "images/more").mkdir(), "images/more", "is not an image file"),
+    "folder named as an image": (lambda d: _replace(d / "images/a1.png", Path.mkdir), "images/a1.png", "cannot be opened (Is a directory)"),
+    "too many bytes": (_too_many_bytes, "images/a1.png", "has 256 MiB, the limit is 256"),
     "pipe": (lambda d: _replace(d / "images/a1.png", os.mkfifo), "images/a1.png", "is not a regular file"),
     "link out of the folder": (_link_out, "images/a1.png", "leads out of the data folder"),
     "link to nothing": (lambda d: _replace(d / "masks/a1.png", lambda f: f.symlink_to(f.with_name("gone"))), "masks/a1.png", "cannot be opened"),
     "link to itself": (_circle, "images/a1.png", "cannot be opened"),
     "animation": (_animate, "images/a1.gif", "2 frames"),
+    "values below 0": (lambda d: _wide(d, -1), "images/a1.tif", "holds values outside 0..65535"),
+    "values above 65535": (lambda d: _wide(d, 65536), "images/a1.tif", "holds values outside 0..65535"),
     "floating point": (_floats, "images/a1.tif", "floating point pixels"),
     "pages": (_pages, "images/a1.tif", "2 frames or pages"),
     "same stem twice": (lambda d: save(1, d / "images/a1.bmp"), "images/a1.png", "has the stem of a1.bmp"),
@@ -113,6 +139,16 @@ CASES: dict[str, tuple[Callable[[Path], Any], str, str]] = {  # what is done, th
     "group of an unknown stem": (lambda d: (d / "groups.csv").write_text("stem,p\na1.png,1\n"), "groups.csv", "no image has the stem 'a1.png'"),
     "no group": (lambda d: (d / "groups.csv").write_text("stem,p\na1,\n"), "groups.csv", "no group for stem 'a1'"),
     "two groups": (lambda d: (d / "groups.csv").write_text("stem,p\na1,x\na1,y\n"), "groups.csv", "in group 'x' and in 'y'"),
+    "two group files": (_two_group_files, "sequences.csv", "two group files in one folder"),
+    "groups of another folder": (_groups_out, "groups.csv", "leads out of the data folder"),
+    "groups that are gone": (lambda d: (d / "groups.csv").symlink_to("gone"), "groups.csv", "cannot be opened"),
+    "groups that are a folder": (lambda d: (d / "groups.csv").mkdir(), "groups.csv", "cannot be opened (Is a directory)"),
+    "groups of other capitals": (lambda d: (d / "Groups.CSV").write_text("stem,p\na1,\n"), "Groups.CSV", "no group for stem 'a1'"),
+    "quote without end": (lambda d: (d / "groups.csv").write_text('stem,p\na1,"x\n'), "groups.csv", "not readable as CSV"),
+    "empty groups": (lambda d: (d / "groups.csv").touch(), "groups.csv", "header 'stem,group'"),
+    "empty line before the header": (lambda d: (d / "groups.csv").write_text("\nstem,p\na1,x\n"), "groups.csv", "header 'stem,group'"),
+    "one column": (lambda d: (d / "groups.csv").write_text("stem\na1\n"), "groups.csv", "header 'stem,group'"),
+    "semicolons": (lambda d: (d / "groups.csv").write_text("stem;p\na1;x\n"), "groups.csv", "header 'stem,group'"),
     "no header": (lambda d: (d / "groups.csv").write_text("a1,x\n"), "groups.csv", "header 'stem,group'"),
     "binary groups": (lambda d: (d / "groups.csv").write_bytes(b"\xff\xfe\x00stem"), "groups.csv", "not readable as CSV"),
 }
@@ -151,12 +187,71 @@ def test_all_problems_are_listed_together(folder: Path) -> None:
 
 
 def test_missing_and_empty_folders(tmp_path: Path) -> None:
-    assert "no such folder" in problems(tmp_path / "nowhere")[0]
+    assert problems(tmp_path / "nowhere") == [f"{tmp_path}/nowhere: no such folder; create it or correct the path"]
     (tmp_path / "x").mkdir()
     assert [p.split(":")[0] for p in problems(tmp_path / "x")] == [str(tmp_path / "x/images"), str(tmp_path / "x/masks")]
     (tmp_path / "x/images").mkdir()
     (tmp_path / "x/masks").mkdir()
     assert "holds no image" in problems(tmp_path / "x")[0]
+
+
+def test_a_pipe_does_not_hang_the_check(folder: Path) -> None:
+    def too_late(*_: object) -> None:
+        raise AssertionError("the check waits for somebody who writes into the pipe")
+
+    _replace(folder / "images/a1.png", os.mkfifo)
+    signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(2)
+    try:
+        assert "is not a regular file" in problems(folder)[0]
+    finally:
+        signal.alarm(0)
+
+
+def test_a_file_that_hides_its_size_is_read_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.stat().st_size:
+        pytest.skip("needs /proc, whose files say that they hold nothing")
+    monkeypatch.setattr("alignflow_core.readers.MAX_BYTES", 100)
+    assert len(read_bytes(maps, maps.parent)) <= 101
+
+
+def test_links_may_lead_to_other_data_of_the_project(folder: Path) -> None:
+    (folder.parent / "refs").mkdir()
+    (folder.parent / "refs/new.png").symlink_to(folder / "images/a1.png")
+    assert check_folder(folder.parent / "refs", LABELS, labelled=False, root=folder.parent).cases[0].stem == "new"
+    with pytest.raises(InputError, match="leads out of the data folder"):
+        check_folder(folder.parent / "refs", LABELS, labelled=False)
+    with pytest.raises(InputError, match="leads out of the data folder"):
+        check_folder(folder.parent / "refs", LABELS, labelled=False, root=folder)  # a folder beside the project is its own root
+
+
+def test_groups_as_spreadsheets_write_them(folder: Path) -> None:
+    (folder / "groups.csv").write_bytes("\ufeffstem,patient\r\na1, Anna \r\n\r\n ,\r\na2,Anna\r\n".encode())
+    groups = [case.group for case in check_folder(folder, LABELS).cases]
+    assert groups[1:3] == ["Anna", "Anna"] and len(set(groups)) == 7
+
+
+def test_a_camera_s_preview_is_no_second_frame(tmp_path: Path) -> None:
+    picture, preview = Image.new("RGB", (24, 20), (9, 9, 9)), Image.new("RGB", (8, 6))
+    picture.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[preview])
+    assert read_image(tmp_path / "a.jpg", tmp_path).pixels.shape == (20, 24, 3)
+
+
+def test_label_masks_of_one_bit_and_wide_binary_ones(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[False, True]])).save(tmp_path / "a.png")
+    assert read_mask(tmp_path / "a.png", tmp_path, LABELS).pixels.tolist() == [[0, 1]]
+    assert read_mask(tmp_path / "a.png", tmp_path, Task("labels", "labels", ("organ",), values={0: 0, 1: 1})).pixels.tolist() == [[0, 1]]
+    Image.fromarray(np.array([[0, 70000]], np.int32)).save(tmp_path / "wide.tif")
+    with pytest.raises(ReadError, match=r"outside 0\.\.65535"):
+        read_mask(tmp_path / "wide.tif", tmp_path, Task())
+
+
+def test_a_file_that_is_no_picture_is_not_decoded_by_others(tmp_path: Path) -> None:
+    """PostScript would start a program that interprets it."""
+    (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(ReadError, match="is not a JPEG, PNG"):
+        read_image(tmp_path / "a.png", tmp_path)
 
 
 def test_masks_without_any_foreground_are_kept_unless_all_are(folder: Path) -> None:

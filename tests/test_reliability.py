@@ -19,11 +19,13 @@ import torch
 from torch import nn
 
 from alignflow_core import state
-from alignflow_core.artifact import exclusive, read_json
+from alignflow_core.artifact import exclusive, publish, read_json, write_json
 from alignflow_core.checkpoint import load_network, save_network
 from alignflow_core.config import Training
 from alignflow_core.errors import InputError, StageError
 from alignflow_core.flow.train import train
+from alignflow_core.reference_moments import ReferenceMoments, write_moments
+from alignflow_core.reward.moments import Moments
 from alignflow_core.runner import run_stage, told_limits
 from alignflow_core.seeding import generator
 from alignflow_core.stages import STAGES
@@ -206,34 +208,75 @@ def test_writing_in_place_fails_the_same_test(tmp_path: Path) -> None:
     assert any(lost), "a crash in the middle of an overwritten file leaves nothing to go on from"
 
 
-def unsynced_renames(folder: Path, monkeypatch: pytest.MonkeyPatch, fsync: Callable[[int], None]) -> int:
-    """Renames of files whose bytes were not forced to the disk before: after a loss of power they may be empty."""
-    synced: set[int] = set()
-    renames = []
-    replace = os.replace
+def early_names(folder: Path, write: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, fsync: Callable[[int], None] = os.fsync) -> list[str]:
+    """What a loss of power could leave half: files that had their name before all of their bytes were forced to the disk."""
+    on_disk: dict[int, int] = {}  # inode -> bytes
+    named: set[int] = set()
+    real = os.fsync
 
     def recording(descriptor: int) -> None:
         fsync(descriptor)
-        if fsync is REAL_FSYNC:
-            synced.add(os.fstat(descriptor).st_ino)
+        if fsync is real:
+            on_disk[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
 
-    def renaming(source: Any, target: Any, **named: Any) -> None:
-        renames.append(os.stat(source).st_ino in synced)
-        replace(source, target, **named)
+    def renaming(rename: Callable[..., None]) -> Callable[..., None]:
+        def call(source: Any, target: Any, **options: Any) -> None:
+            files = [file.stat() for file in (Path(source), *Path(source).rglob("*")) if file.is_file()]
+            if Path(source) != Path(target):
+                named.update(file.st_ino for file in files if on_disk.get(file.st_ino) == file.st_size)
+            rename(source, target, **options)
+
+        return call
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", recording)
-        patch.setattr(os, "replace", renaming)
-        training(folder, settings=SHORT)
-    return renames.count(False)
+        for name in ("replace", "rename"):
+            patch.setattr(os, name, renaming(getattr(os, name)))
+        write()
+    return [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file() and file.stat().st_ino not in named]
 
 
-REAL_FSYNC = os.fsync
+def made_up_moments(file: Path) -> None:
+    one = Moments(5, torch.zeros(3), torch.ones(3))
+    write_moments(file, ReferenceMoments({}, {"align": 5}, {"align": [one]}, [torch.zeros(3)]))
 
 
-def test_bytes_are_on_the_disk_before_a_save_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert unsynced_renames(folder_of(tmp_path, "a"), monkeypatch, REAL_FSYNC) == 0
-    assert unsynced_renames(folder_of(tmp_path, "b"), monkeypatch, lambda descriptor: None) > 0, "without fsync the same check fails"
+def unfinished(folder: Path) -> Path:
+    """What a stage leaves for :func:`publish`."""
+    part = folder / ".part"
+    (part / "more").mkdir(parents=True)
+    (part / "images.npy").write_bytes(b"pixels")
+    (part / "more" / "table").write_bytes(b"rows")
+    return part
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "save_state": lambda folder: training(folder, settings=SHORT),
+    "save_network": lambda folder: save_network(folder / "net", {"weight": torch.arange(300.0)}, {"channels": 3}),
+    "write_json": lambda folder: write_json(folder / "metrics.json", {"dice": 1.0}),
+    "write_moments": lambda folder: made_up_moments(folder / "moments.safetensors"),
+    "publish": lambda folder: publish(unfinished(folder), folder / "artifact"),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_bytes_are_on_the_disk_before_a_file_gets_its_name(writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = folder_of(tmp_path, "a"), folder_of(tmp_path, "b")
+    assert early_names(a, lambda: WRITERS[writer](a), monkeypatch) == []
+    assert any(file.is_file() for file in a.rglob("*"))
+    assert early_names(b, lambda: WRITERS[writer](b), monkeypatch, lambda descriptor: None), "without fsync the same check fails"
+
+
+@pytest.mark.parametrize("writer", ["save_state", "publish"])
+def test_a_name_lasts_through_a_loss_of_power(writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is forced to the disk after the last rename in it."""
+    events: list[str] = []
+    fsync = os.fsync
+    for name in ("replace", "rename"):
+        monkeypatch.setattr(os, name, lambda *a, call=getattr(os, name), **k: events.append("rename") or call(*a, **k))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(str(os.fstat(descriptor).st_ino)) or fsync(descriptor))
+    WRITERS[writer](tmp_path)
+    assert str(tmp_path.stat().st_ino) in events[len(events) - events[::-1].index("rename"):]
 
 
 def test_stopped_at_each_step(tmp_path: Path, whole: Path, record_property: Record) -> None:
