@@ -226,6 +226,15 @@ def test_links_may_lead_to_other_data_of_the_project(folder: Path) -> None:
         check_folder(folder.parent / "refs", LABELS, labelled=False, root=folder)  # a folder beside the project is its own root
 
 
+def test_references_beside_their_masks_and_groups(folder: Path) -> None:
+    for file in (folder / "images").iterdir():
+        file.rename(folder / file.name)
+    (folder / "images").rmdir()
+    (folder / "groups.csv").write_text("stem,patient\na1,x\n")
+    listing = check_folder(folder, LABELS, labelled=False)
+    assert listing.labelled and [case.image_file for case in listing.cases] == [f"a{n}.png" for n in range(8)] and listing.cases[1].group == "x"
+
+
 def test_groups_as_spreadsheets_write_them(folder: Path) -> None:
     (folder / "groups.csv").write_bytes("\ufeffstem,patient\r\na1, Anna \r\n\r\n ,\r\na2,Anna\r\n".encode())
     groups = [case.group for case in check_folder(folder, LABELS).cases]
@@ -312,6 +321,19 @@ def test_training_images_of_the_domain_may_be_references(project: Path) -> None:
     stem = _stems(project, "train")[0]
     shutil.copy(project / f"there/images/{stem}.png", project / f"refs/{stem}.png")
     assert run_stage(project, "references", "there", quiet=True)
+
+
+@pytest.mark.parametrize("kind", ["gone", "image", "mask"])
+def test_files_that_change_after_the_check(kind: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def checked(*arguments: Any, **named: Any) -> Any:
+        listing = check_folder(*arguments, **named)
+        file = project / "there" / ("masks/a3.png" if kind == "mask" else "images/a3.png")
+        file.unlink() if kind == "gone" else save(128, file)
+        return listing
+
+    monkeypatch.setattr("alignflow_core.data.check_folder", checked)
+    with pytest.raises(InputError, match=r"a3\.png: (it or its mask )?changed since it was checked"):
+        run_stage(project, "data", "there", quiet=True)
 
 
 def test_more_references_than_training_images(project: Path) -> None:

@@ -53,7 +53,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "heads of a network": ({"image_flow.network.head_channels": 48}, "48 must divide the channels"),
     "siamese alone": ({"comparators.net.objective": "siamese"}, "go together"),
     "nothing to train on": ({"targets.b.align.denoise": "none", "targets.b.align.rho": 0}, "leaves nothing to train on"),
-    "more gradient than steps": ({"targets.b.align.k": 9}, "align.k: 9 is more than align.n_steps (8)"),
+    "more gradient than steps": ({"targets.b.align.k": 9}, "align.k: 9 is more than align.n_steps (8); lower k (in targets.b.align)"),
     "pretrained without weights": ({"targets.b.align.encoder": "pretrained"}, "align.encoder_weights: encoder 'pretrained' needs it"),
     "weights of no encoder": ({"targets.b.align.encoder_weights": "folder"}, "align.encoder_weights: encoder 'pretrained' needs it"),
     "more rounds than steps": ({"targets.b.align.training.steps": 1}, "align.rounds: 2 is more than align.training.steps (1)"),
@@ -70,6 +70,8 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown arm": ({"segment.arms": ["sources"]}, "segment.arms: unknown arm 'sources' (did you mean 'source'?)"),
     "architecture twice": ({"segment.architectures": ["unet", "unet"]}, "segment.architectures: unet, unet names one twice"),
     "name that is a path": ({"targets": {"../b": {"domain": "b"}}}, "a name is letters, digits"),
+    "name that begins well": ({"comparators": {"net/../x": {}}}, "comparators.net/../x: a name is letters"),
+    "name of two lines": ({"comparators.net\n": {}}, "a name is letters, digits"),
     "source of no domain": ({"source": "c"}, "source: 'c' is not among domains"),
     "target of no domain": ({"targets.b.domain": "c"}, "targets.b.domain: 'c' is not among domains"),
     "variant of nothing": ({"targets.b.variant_of": "c"}, "targets.b.variant_of: 'c' is not among targets"),
@@ -143,11 +145,12 @@ def test_every_range_has_a_value_that_breaks_it() -> None:
 
 @pytest.mark.parametrize(("check", "fine", "wrong"), [
     (lambda value: one_of("x", value, ("a", "b")), "a", "c"), (lambda value: at_least("x", value, 2), 2, 1.9),
-    (lambda value: positive("x", value), 0.1, 0), (lambda value: between("x", value, 0, 1), 1, 1.1), (lambda value: between("x", value, 0, 1), 0, -0.1),
+    (lambda value: positive("x", value), 0.1, 0), (lambda value: between("x", value, 0, 1), 1, 1.1),
+    (lambda value: between("x", value, 0, 1), 0, -0.1),
 ], ids=["one of", "at least", "positive", "above", "below"])
 def test_the_checks_themselves(check: Any, fine: Any, wrong: Any) -> None:
     check(fine)
-    with pytest.raises(InputError, match="^x: "):
+    with pytest.raises(InputError, match=r"^x: "):
         check(wrong)
 
 

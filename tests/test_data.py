@@ -13,7 +13,7 @@ from alignflow_core.artifact import tree_hash
 from alignflow_core.config import Task
 from alignflow_core.data import case_id, check_folder, split_groups
 from alignflow_core.errors import InputError
-from alignflow_core.pairs import read_pairs
+from alignflow_core.pairs import read_array, read_pairs
 from alignflow_core.readers import ReadError, read_image, read_mask, resize_classes
 from alignflow_core.runner import run_stage
 
@@ -188,6 +188,15 @@ def test_references_from_a_folder_without_labels(project: Path) -> None:
     assert references.table["role"].tolist() == ["align"] * 3 + ["held_out"]
     with pytest.raises(InputError, match="no masks"):
         references.labels  # noqa: B018
+
+
+def test_arrays_that_are_none(tmp_path: Path) -> None:
+    """An array of objects is a pickle, which would run what it holds."""
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    (tmp_path / "text.npy").write_text("no array")
+    for name in ("objects", "text", "gone"):
+        with pytest.raises(InputError, match=rf"{name}\.npy: not a readable array"):
+            read_array(tmp_path / f"{name}.npy")
 
 
 def test_phantom_folders_pass_the_check(phantom_root: Path) -> None:

@@ -1,10 +1,14 @@
 """Images that stay at home: a kit measures them, a file of moments aligns as they would."""
 
 import dataclasses
+import hashlib
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,18 +18,19 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from alignflow_core import align, data
-from alignflow_core.artifact import read_json
+from alignflow_core import align, data, reference_moments
+from alignflow_core.artifact import file_hashes, read_json, write_json
 from alignflow_core.checkpoint import load_tensors
-from alignflow_core.config import Align, References, Target, build_project, load_project
+from alignflow_core.config import Align, Data, References, Target, Task, build_project, load_project
 from alignflow_core.errors import InputError
 from alignflow_core.pairs import read_pairs, to_unit
-from alignflow_core.reference_kit import apply_kit, write_kit
-from alignflow_core.reference_moments import MOMENTS_FILE, read_moments, write_moments
+from alignflow_core.reference_instrument import refuse_other_instrument
+from alignflow_core.reference_kit import FORMAT, apply_kit, write_kit
+from alignflow_core.reference_moments import MOMENTS_FILE, ReferenceMoments, read_moments, write_moments
 from alignflow_core.reference_roles import in_drawn_order, roles
 from alignflow_core.registry import load
 from alignflow_core.reward.encoders import Standardised
-from alignflow_core.reward.moments import describe, moments, shrunk
+from alignflow_core.reward.moments import Moments, describe, moments, shrunk
 from alignflow_core.reward.registry import DISTANCES, FROM_MOMENTS
 from alignflow_core.reward.statconv import StatConv
 from alignflow_core.runner import Context, run_stage
@@ -34,6 +39,7 @@ from pipelines.cli import main
 from pipelines.compose import compose, write_params
 from pipelines.plan import plan
 
+PARTS = {"align": 4, "held_out": 2}
 MOMENTS_OK = {"rounds": 1, "recolour": False}
 
 
@@ -118,6 +124,27 @@ def file(kit: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
+@pytest.fixture
+def made_up(tmp_path: Path) -> Path:
+    """A file of moments of nothing real; what is refused needs no kit."""
+    sets = {role: [Moments(n, torch.arange(4.0), torch.ones(4)), None, Moments(1, torch.zeros(4), torch.zeros(4))] for role, n in PARTS.items()}
+    write_moments(tmp_path / "made_up.safetensors", ReferenceMoments({"size": 24}, PARTS, sets, [torch.ones(4)] * 3))
+    return tmp_path / "made_up.safetensors"
+
+
+@pytest.fixture
+def bare_kit(tmp_path: Path) -> Path:
+    """A kit whose files hold nothing: what is refused before they are read."""
+    kit = tmp_path / "bare"
+    (kit / "labeller").mkdir(parents=True)
+    for name in ("encoder.safetensors", "labeller/weights.safetensors", "labeller/config.json", "README.txt"):
+        (kit / name).write_text(json.dumps({"weights_sha256": name}))
+    instrument = {"encoder": "statconv", "size": 24, "task": dataclasses.asdict(Task()), "regions": "none", "labeller": None, "stage1": None}
+    write_json(kit / "kit.json", {"format": FORMAT, "instrument": instrument, "threads": 1, "split": {"seed": 0, "held_out_fraction": 0.3},
+                                  "files": file_hashes(kit)})
+    return kit
+
+
 def few(images: Path, n: int, to: Path) -> Path:
     to.mkdir()
     for each in sorted((images / "images").iterdir())[:n]:
@@ -173,6 +200,17 @@ def test_fewer_than_five_different_images_are_refused(kit: Path, images: Path, t
     assert main(["reference-moments", str(kit), str(five), "--out", str(tmp_path / "m.safetensors")]) == 2  # nothing is overwritten
 
 
+def test_an_image_that_changes_after_the_check(kit: Path, images: Path, tmp_path: Path) -> None:
+    folder = few(images, 6, tmp_path / "images")
+
+    def spoil(done: int, total: int, note: str) -> None:
+        if done == total:
+            next(folder.iterdir()).write_bytes(b"no picture")
+
+    with pytest.raises(InputError, match="changed since it was checked"):
+        apply_kit(kit, folder, tmp_path / "m.safetensors", spoil)
+
+
 def test_every_bad_image_is_named(kit: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = few(images, 6, tmp_path / "images")
     for name in ("bad1.png", "bad2.png"):
@@ -183,22 +221,50 @@ def test_every_bad_image_is_named(kit: Path, images: Path, tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize("name", ["encoder.safetensors", "labeller/weights.safetensors", "labeller/config.json", "README.txt"])
-def test_an_altered_kit_is_refused(kit: Path, images: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    altered = shutil.copytree(kit, tmp_path / "altered")
-    content = bytearray((altered / name).read_bytes())
+def test_an_altered_kit_is_refused(bare_kit: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    content = bytearray((bare_kit / name).read_bytes())
     content[-3] ^= 1
-    (altered / name).write_bytes(content)
-    assert main(["reference-moments", str(altered), str(images), "--out", str(tmp_path / "m.safetensors")]) == 2
+    (bare_kit / name).write_bytes(content)
+    assert main(["reference-moments", str(bare_kit), str(tmp_path), "--out", str(tmp_path / "m.safetensors")]) == 2
     assert f"{name}: missing or not what kit.json records" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", [{"format": 9}, {"files": {"../x": "0"}}, {"split": {"seed": 0, "held_out_fraction": 5.0}}, {"threads": "many"},
-                                    {"split": {}, "instrument": {}}])
-def test_a_kit_of_nonsense_is_refused(kit: Path, images: Path, tmp_path: Path, change: dict[str, object]) -> None:
-    altered = shutil.copytree(kit, tmp_path / "altered")
-    (altered / "kit.json").write_text(json.dumps(read_json(kit / "kit.json") | change))
-    with pytest.raises(InputError):
-        apply_kit(altered, images, tmp_path / "m.safetensors")
+@pytest.mark.parametrize(("change", "words"), [
+    ({"format": 9}, "is no reference kit of format"), ({"files": []}, "is no reference kit of format"),
+    ({"files": {"../x": hashlib.sha256().hexdigest()}}, "../x: missing or not what kit.json records"),
+    ({"files": {}}, "encoder.safetensors: missing or not what kit.json"),
+    ({"files": {"stage1/config.json": "0"}}, "stage1/config.json: missing or not what kit.json"),
+    ({"split": {"seed": 0, "held_out_fraction": 5.0}}, "must lie in [0.0, 0.9]"), ({"threads": "many"}, "cannot be used (invalid literal"),
+    ({"split": {}, "instrument": {}}, "cannot be used ('task')"), ({"instrument": {"encoder": "os:system"}}, "unknown encoder \"os:system\""),
+    ({"instrument": {"labeller": "0"}}, "labeller is not the network that kit.json names"),
+    ({"instrument": {"task": {"kind": "x", "values": {}}}}, "task.kind: unknown value 'x'"),
+], ids=lambda value: value if isinstance(value, str) else None)
+def test_a_kit_of_nonsense_is_refused(bare_kit: Path, tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    facts = read_json(bare_kit / "kit.json")
+    (tmp_path / "x").touch()  # even of the right content no file elsewhere is looked at
+    if change.get("instrument"):
+        change = {"instrument": facts["instrument"] | change["instrument"]}
+    write_json(bare_kit / "kit.json", facts | change)
+    with pytest.raises(InputError) as caught:
+        apply_kit(bare_kit, tmp_path, tmp_path / "m.safetensors")
+    assert words in str(caught.value)
+
+
+def test_a_folder_that_is_no_kit(tmp_path: Path) -> None:
+    for content in ("{", "[]", None):
+        if content:
+            (tmp_path / "kit.json").write_text(content)
+        else:
+            (tmp_path / "kit.json").unlink()
+        with pytest.raises(InputError, match=r"kit\.json: not readable|is no reference kit"):
+            apply_kit(tmp_path, tmp_path, tmp_path / "m.safetensors")
+
+
+def test_moments_are_written_to_a_new_file(bare_kit: Path, made_up: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="exists; remove it or give a new file"):
+        apply_kit(bare_kit, tmp_path, made_up)
+    with pytest.raises(InputError, match=r"give a new file that ends in \.safetensors"):
+        apply_kit(bare_kit, tmp_path, tmp_path / "m.csv")
 
 
 def test_a_kit_whose_encoder_sees_otherwise_here_is_refused(kit: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,49 +273,100 @@ def test_a_kit_whose_encoder_sees_otherwise_here_is_refused(kit: Path, images: P
         apply_kit(kit, images, tmp_path / "m.safetensors")
 
 
-def hostile(file: Path, to: Path, kind: str) -> Path:
+def spoiled(file: Path, to: Path, kind: str) -> Path:
+    """A copy of a file of moments, damaged, or edited by somebody who does not know of the checksum."""
     tensors, data = load_file(file), bytearray(file.read_bytes())
     length = int.from_bytes(data[:8], "little")
     facts = json.loads(data[8:8 + length])["__metadata__"]
-    if kind == "flipped":
-        data[-1] ^= 1
-    elif kind == "cut":
-        data = data[:len(data) // 2]
-    elif kind == "empty":
-        data = bytearray()
-    elif kind == "json":
-        data = bytearray(b"\xff" * 64)
+    if kind == "edited":
+        save_file(tensors | {"align/0/mean": tensors["align/0/mean"] + 1}, to, facts)
+    elif kind == "no facts":
+        save_file(tensors, to)
     else:
-        if kind == "edited":
-            tensors["align/0/mean"] = tensors["align/0/mean"] + 1
-        if kind == "image":
-            tensors["extra"] = np.zeros((3, 8, 8), np.float32)
-        save_file(tensors, to, facts)
-        return to
-    to.write_bytes(bytes(data))
+        data[-1] ^= kind == "flipped"
+        to.write_bytes({"cut": data[:len(data) // 2], "empty": b"", "json": b"\xff" * 64}.get(kind, data))
     return to
 
 
-@pytest.mark.parametrize("kind", ["flipped", "cut", "empty", "json", "edited", "image"])
-def test_a_damaged_or_edited_file_is_refused(file: Path, tmp_path: Path, kind: str) -> None:
-    with pytest.raises(InputError, match=r"is no intact file of reference moments|cannot be"):
-        read_moments(hostile(file, tmp_path / "m.safetensors", kind))
+@pytest.mark.parametrize("kind", ["flipped", "cut", "empty", "json", "edited", "no facts"])
+def test_a_damaged_or_edited_file_is_refused(made_up: Path, tmp_path: Path, kind: str) -> None:
+    assert read_moments(made_up).n_images == PARTS
+    with pytest.raises(InputError, match=r"is no intact file of reference moments"):
+        read_moments(spoiled(made_up, tmp_path / "m.safetensors", kind))
 
 
-@pytest.mark.parametrize("change", [
-    lambda known: {"n_images": {"align": 3, "held_out": 1}}, lambda known: {"n_images": {"held_out": 6}},
-    lambda known: {"n_images": {"align": 5, "held_out": 2}},
-    lambda known: {"sets": known.sets | {"align": [None, *known.sets["align"][1:]]}},
-    lambda known: {"sets": known.sets | {"align": [dataclasses.replace(known.sets["align"][0], variance=-known.sets["align"][0].variance),
-                                                   *known.sets["align"][1:]]}},
-    lambda known: {"sets": known.sets | {"align": [dataclasses.replace(known.sets["align"][0], mean=known.sets["align"][0].mean * np.nan),
-                                                   *known.sets["align"][1:]]}},
-])
-def test_a_file_of_impossible_numbers_is_refused(file: Path, tmp_path: Path, change: object) -> None:
-    known = read_moments(file)
-    write_moments(tmp_path / "m.safetensors", dataclasses.replace(known, **change(known)))  # type: ignore[operator]
-    with pytest.raises(InputError, match="is no intact file of reference moments"):
+def test_a_file_of_too_many_bytes_is_not_parsed(tmp_path: Path) -> None:
+    (tmp_path / "m.safetensors").touch()
+    os.truncate(tmp_path / "m.safetensors", reference_moments.MAX_BYTES + 1)
+    with pytest.raises(InputError, match="has 64 MiB, moments have less than 64"):
         read_moments(tmp_path / "m.safetensors")
+    with pytest.raises(InputError, match=r"gone\.safetensors: cannot be opened"):
+        read_moments(tmp_path / "gone.safetensors")
+
+
+def whole_image(**values: object) -> Callable[[ReferenceMoments], ReferenceMoments]:
+    """The aligning part's moments of whole images with these values."""
+    def change(known: ReferenceMoments) -> ReferenceMoments:
+        first, *others = known.sets["align"]
+        return dataclasses.replace(known, sets=known.sets | {"align": [dataclasses.replace(first, **values), *others]})  # type: ignore[type-var]
+
+    return change
+
+
+def of_images(**n_images: object) -> Callable[[ReferenceMoments], ReferenceMoments]:
+    return lambda known: dataclasses.replace(known, n_images=n_images)  # type: ignore[arg-type]
+
+
+IMPOSSIBLE: dict[str, tuple[Callable[[ReferenceMoments], ReferenceMoments], str]] = {
+    "fewer than five": (lambda known: dataclasses.replace(known, n_images={"align": 4}, sets={"align": known.sets["align"]}), "is of fewer than 5"),
+    "no aligning part": (of_images(held_out=6), "its numbers of images"),
+    "a part of no images": (of_images(align=5, held_out=0), "its numbers of images"),
+    "half an image": (of_images(align=5.5), "its numbers of images"), "an unknown part": (of_images(align=4, test=2), "its numbers of images"),
+    "more images than measured": (of_images(align=5, held_out=2), "lacks the moments of whole images"),
+    "no whole image": (lambda known: dataclasses.replace(known, sets=known.sets | {"align": [None, *known.sets["align"][1:]]}), "lacks the moments"),
+    "negative variance": (whole_image(variance=-torch.ones(4)), "are not those of a set of images"),
+    "other length": (whole_image(mean=torch.zeros(3)), "are not those of a set of images"),
+    "other length of variances": (whole_image(variance=torch.ones(3)), "are not those of a set of images"),
+    "count of none": (whole_image(count=0), "are not those of a set of images"),
+    "count of more": (whole_image(count=5), "are not those of a set of images"),
+    "NaN": (whole_image(mean=torch.full((4,), torch.nan)), "holds numbers that are not finite"),
+    "moments of no set": (lambda known: dataclasses.replace(known, probe=known.probe[:2]), "holds other tensors than moments"),
+    "pixels": (whole_image(mean=torch.zeros(2, 2)), "holds other tensors than moments"),
+    "doubles": (whole_image(mean=torch.zeros(4, dtype=torch.float64)), "holds other tensors than moments"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_a_file_of_impossible_numbers_is_refused(name: str, made_up: Path, tmp_path: Path) -> None:
+    change, words = IMPOSSIBLE[name]
+    write_moments(tmp_path / "m.safetensors", change(read_moments(made_up)))
+    with pytest.raises(InputError, match=f"is no intact file of reference moments .*{words}"):
+        read_moments(tmp_path / "m.safetensors")
+
+
+def test_a_file_of_another_format_is_refused(made_up: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = read_moments(made_up)
+    with monkeypatch.context() as patch:
+        patch.setattr(reference_moments, "FORMAT", "alignflow reference moments 2")
+        write_moments(tmp_path / "m.safetensors", known)
+    with pytest.raises(InputError, match="format is not 'alignflow reference moments 1'"):
+        read_moments(tmp_path / "m.safetensors")
+
+
+def test_moments_of_another_size(made_up: Path, tmp_path: Path) -> None:
+    config = SimpleNamespace(references=References(file=made_up.name), target_domain="amber", data=Data(size=64))
+    with pytest.raises(InputError, match=r"was measured at 24 pixels, data\.size is 64"):
+        data.run_references(config, {}, tmp_path, SimpleNamespace(root=tmp_path, key="amber"))
+
+
+def test_moments_of_another_instrument(made_up: Path) -> None:
+    known = read_moments(made_up)
+    refuse_other_instrument(known, {"size": 24}, known.probe, "file")
+    with pytest.raises(InputError, match=r"was measured with another kit \(other size\)"):
+        refuse_other_instrument(known, {"size": 32}, known.probe, "file")
+    for probe in ([value + 1 for value in known.probe], known.probe[:2], [value[:2] for value in known.probe]):
+        with pytest.raises(InputError, match="gives other features than this run's"):
+            refuse_other_instrument(known, {"size": 24}, probe, "file")
 
 
 # ---- aligning
@@ -429,9 +546,15 @@ def test_target_add_takes_a_file(smoke_root: Path, file: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(("overrides", "words"), [(["encoder=ssl"], "align.encoder 'ssl' cannot travel in a kit"),
-                                                  (["align.regions=labels"], "needs masks at the hospital")])
-def test_what_cannot_travel_makes_no_kit(built: Path, tmp_path: Path, overrides: list[str], words: str) -> None:
+                                                  (["align.regions=labels"], "needs masks at the hospital")], ids=["encoder", "regions"])
+def test_what_cannot_travel_makes_no_kit(tmp_path: Path, overrides: list[str], words: str) -> None:
     write_params(tmp_path / "params.yaml", ["profile=smoke", *overrides])
     with pytest.raises(InputError, match=words):
-        write_kit(load_project(tmp_path / "params.yaml"), built, "amber", tmp_path / "kit")
+        write_kit(load_project(tmp_path / "params.yaml"), tmp_path, "amber", tmp_path / "kit")
     assert not (tmp_path / "kit").exists()
+
+
+def test_a_kit_is_written_to_a_new_folder(bare_kit: Path, tmp_path: Path) -> None:
+    write_params(tmp_path / "params.yaml", ["profile=smoke"])
+    with pytest.raises(InputError, match="bare: exists"):
+        write_kit(load_project(tmp_path / "params.yaml"), tmp_path, "amber", bare_kit)

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 from alignflow_core import state
 from alignflow_core.artifact import exclusive, publish, read_json, write_json
-from alignflow_core.checkpoint import load_network, save_network
+from alignflow_core.checkpoint import load_network, rebuilt, save_network
 from alignflow_core.config import Training
 from alignflow_core.errors import InputError, StageError
 from alignflow_core.flow.train import train
@@ -271,10 +272,10 @@ def test_bytes_are_on_the_disk_before_a_file_gets_its_name(writer: str, tmp_path
 def test_a_name_lasts_through_a_loss_of_power(writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder is forced to the disk after the last rename in it."""
     events: list[str] = []
-    fsync = os.fsync
-    for name in ("replace", "rename"):
-        monkeypatch.setattr(os, name, lambda *a, call=getattr(os, name), **k: events.append("rename") or call(*a, **k))
+    fsync, replace, rename = os.fsync, os.replace, os.rename
     monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(str(os.fstat(descriptor).st_ino)) or fsync(descriptor))
+    monkeypatch.setattr(os, "replace", lambda *arguments: events.append("rename") or replace(*arguments))
+    monkeypatch.setattr(os, "rename", lambda *arguments: events.append("rename") or rename(*arguments))
     WRITERS[writer](tmp_path)
     assert str(tmp_path.stat().st_ino) in events[len(events) - events[::-1].index("rename"):]
 
@@ -348,6 +349,56 @@ def test_damaged_networks_are_refused(tmp_path: Path, record_property: Record) -
             load_network(tmp_path / "net")
         refused += 1
     record_property("figure", ("damaged network of an artifact", f"{refused}/260 refused, named"))
+
+
+def test_a_network_is_laid_out_before_it_gets_memory(tmp_path: Path) -> None:
+    """A config from elsewhere can name a network of any size."""
+    devices: list[str] = []
+
+    def build(config: dict[str, Any]) -> nn.Module:
+        devices.append(torch.empty(0).device.type)
+        return nn.Linear(config["channels"], 1)
+
+    save_network(tmp_path, nn.Linear(3, 1).state_dict(), {"channels": 3})
+    rebuilt(tmp_path, build)
+    assert devices == ["meta", "cpu"]
+    save_network(tmp_path, nn.Linear(3, 1).state_dict(), {"channels": 30})
+    with pytest.raises(InputError, match="its weights are those of another network"):
+        rebuilt(tmp_path, build)
+    assert devices[2:] == ["meta"], "it gets no memory"
+
+
+def test_what_a_killed_save_left_goes(tmp_path: Path) -> None:
+    save_state(tmp_path / STATE, 1, {"weight": torch.zeros(3)})
+    name = states(tmp_path / STATE)[0].name
+    (tmp_path / f".{name}.part77").write_bytes(b"half")
+    (tmp_path / f".other.{name}.part77").write_bytes(b"of another state")
+    assert load_state(tmp_path / STATE)["weight"].tolist() == [0, 0, 0]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [f".other.{name}.part77", name]
+
+
+@pytest.fixture
+def checked_data(smoke_root: Path) -> Path:
+    """A project whose stage ``data`` is built for amber."""
+    assert run_stage(smoke_root, "data", "amber", quiet=True)
+    return smoke_root
+
+
+def test_an_altered_artifact_is_built_again(checked_data: Path) -> None:
+    file = checked_data / "artifacts/data/amber/images.npy"
+    content = file.read_bytes()
+    assert not run_stage(checked_data, "data", "amber", quiet=True)
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert run_stage(checked_data, "data", "amber", quiet=True) and file.read_bytes() == content
+
+
+def test_work_begun_with_other_settings_is_not_taken_up(checked_data: Path) -> None:
+    work = checked_data / ".alignflow/work/data@amber"
+    work.mkdir(parents=True)
+    (work / "fingerprint").write_text("of other settings")
+    (work / "curves.jsonl").write_text('{"step": 7, "loss": 1.0}\n')
+    assert run_stage(checked_data, "data", "amber", quiet=True, force=True)
+    assert not len(pd.read_parquet(checked_data / "artifacts/data/amber/curves.parquet"))
 
 
 class Full:
