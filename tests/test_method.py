@@ -181,7 +181,8 @@ def test_with_a_budget_nothing_but_the_noised_gradients_sees_the_references(buil
         made[name] = (tmp_path / f"{name} out" / "weights.safetensors").read_bytes()
     assert made["held out"] == made["as they are"] != made["aligning"]
     looks, verdict = pd.read_parquet(tmp_path / "aligning out" / "gates.parquet"), read_json(tmp_path / "aligning out" / "verdict.json")
-    assert looks[["reward", "held_out_reward", "copy_ratio"]].isna().all(axis=None) and not set(metrics) & {"reward_after", "held_out_after", "copy_ratio"}
+    assert looks[["reward", "held_out_reward", "copy_ratio"]].isna().all(axis=None)
+    assert not set(metrics) & {"reward_after", "held_out_after", "copy_ratio"}
     assert verdict["privacy"]["n_records"] == 7 and 29 < verdict["privacy"]["epsilon"] == metrics["epsilon"] <= 30
     assert read_json(tmp_path / "aligning out" / "config.json")["privacy"] == verdict["privacy"]
 

@@ -33,7 +33,8 @@ def test_each_gradient_is_that_of_the_reward_alone() -> None:
         return torch.tanh(net(torch.cat([x, c * t.view(-1, 1, 1, 1)], 1)))
 
     goals = (0.3, -1.0, 2.0)
-    together = list(sparse_each(velocity, x0, cond, times, lambda x1: [-(x1 - g).square().mean() for g in goals], 2, generator(0), list(net.parameters())))
+    parameters = list(net.parameters())
+    together = list(sparse_each(velocity, x0, cond, times, lambda x1: [-(x1 - g).square().mean() for g in goals], 2, generator(0), parameters))
     for goal, found in zip(goals, together, strict=True):
         net.zero_grad()
         sparse(velocity, x0, cond, times, lambda x1, g=goal: -(x1 - g).square().mean(), 2, generator(0), 1.0)  # type: ignore[misc]
