@@ -9,6 +9,8 @@ tunes the painter; the segmenter is then retrained on pairs of the tuned painter
 
 A reference set may be a file of moments alone (``reference_moments.py``): then there is one round, no recolouring, and nobody can say whether
 samples copy references.
+
+With ``privacy.epsilon`` the references reach the weights through noised gradients alone (``reward/private.py``): the gates do not look at them.
 """
 
 import dataclasses
@@ -40,9 +42,10 @@ from alignflow_core.reference_moments import MOMENTS_FILE, ReferenceMoments, rea
 from alignflow_core.reward import regions
 from alignflow_core.reward.encoders import Material, Standardised, build
 from alignflow_core.reward.gates import RATIOS, Probe, closeness, failures
-from alignflow_core.reward.gradient import SCHEMES, Rewarded
+from alignflow_core.reward.gradient import SCHEMES, Rewarded, sparse_each
 from alignflow_core.reward.moments import Moments
 from alignflow_core.reward.objective import Known, Objective, steadied
+from alignflow_core.reward.private import PrivateSum, salt
 from alignflow_core.reward.recolour import recolour, refocus, spectral_gain, spectrum
 from alignflow_core.seeding import derive_seed, generator
 from alignflow_core.segmenter_fit import Diet, fit
@@ -52,6 +55,7 @@ PROBE_REPEATS = 4
 SPECTRUM_IMAGES = 64
 COLUMNS = ("step", "round", "held_out_reward", "reward", *RATIOS)
 NO_COPY_GATE = "not measured: the references are moments, and only their images could tell whether samples copy them"
+PRIVATE_GATES = "not measured: with a privacy budget no gate may look at the references"
 
 Weights = dict[str, Tensor]
 
@@ -99,6 +103,7 @@ class _Alignment:
         self.objective = Objective(Standardised(encoder, self.images, self._regions(self.labels)), self.settings)
         self.probe, self.probe_labels = self._probe()
         self.given = self._given()
+        self.private = self._private()
 
     def run(self, out_dir: Path) -> dict[str, float]:
         """All rounds; see :func:`run` of the module."""
@@ -122,12 +127,15 @@ class _Alignment:
         table = pd.concat(looks, ignore_index=True)
         table["best"] = (table["round"] == n_rounds - 1) & (table["step"] == verdicts[-1]["best_step"])
         table.to_parquet(out_dir / "gates.parquet", index=False)
-        write_json(out_dir / "verdict.json", {"rounds": verdicts} | ({} if self.given is None else {"copy_gate": NO_COPY_GATE}))
-        self._save(out_dir, weights)
+        promise = {} if self.private is None else {"privacy": self.private.spent(int(self.aligning.sum()))}
+        unseen = PRIVATE_GATES if self.private else NO_COPY_GATE if self.given else None
+        write_json(out_dir / "verdict.json", {"rounds": verdicts} | promise | ({"copy_gate": unseen} if unseen else {}))
+        self._save(out_dir, weights, promise)
         chosen, start = table[table["best"]].iloc[0], table.iloc[0]
-        return {"best_step": float(chosen["step"]), "steps": float(table["step"].iloc[-1]), "reward_weight": balance,
-                "reward_before": float(start["reward"]), "reward_after": float(chosen["reward"]),
-                "held_out_before": float(start["held_out_reward"]), "held_out_after": float(chosen["held_out_reward"]),
+        rewards = {"epsilon": promise["privacy"]["epsilon"]} if promise else {
+            "reward_before": float(start["reward"]), "reward_after": float(chosen["reward"]),
+            "held_out_before": float(start["held_out_reward"]), "held_out_after": float(chosen["held_out_reward"])}
+        return {"best_step": float(chosen["step"]), "steps": float(table["step"].iloc[-1]), "reward_weight": balance, **rewards,
                 **{name: float(chosen[name]) for name in self._ratios()}, "gate_failures": float((table["failed"] != "").sum()),
                 **self._numbers()}
 
@@ -141,7 +149,7 @@ class _Alignment:
 
         def record(model: nn.Module, done: int) -> None:
             seen = look(model)
-            context.log({name: value for name, value in seen.items() if name not in RATIOS or name in self._ratios()}, first + done)
+            context.log({name: value for name, value in seen.items() if not math.isnan(value)}, first + done)
             row = torch.tensor([[first + done, number, *(seen[name] for name in COLUMNS[2:])]], dtype=torch.float64)
             state["looks"] = torch.cat([state["looks"], row])
 
@@ -151,11 +159,11 @@ class _Alignment:
             past = [state[f"queue:{n}"] for n in range(len(known))]
             if not balance:  # no reward: the denoising loss alone
                 return {"loss": loss}
-            done, features = self._pull(draw, balance, known, past)
+            numbers, features = self._pull_privately(draw, balance, past, first + i) if self.private else self._pull(draw, balance, known, past)
             for n, (before, now) in enumerate(zip(past, features, strict=True)):
                 joined = torch.cat([before, now])
                 state[f"queue:{n}"] = joined[max(0, len(joined) - settings.queue):]
-            return {"loss": loss, "reward": done.reward}
+            return {"loss": loss, **numbers}
 
         def on_step(done: int, ema: Ema) -> bool:
             """Look at the gates; true when the held-out reward has not risen for ``patience`` looks."""
@@ -166,7 +174,7 @@ class _Alignment:
             best, last = self._best(state["looks"]), len(state["looks"]) - 1
             if best == last:
                 state.update({f"best:{name}": value.clone() for name, value in ema.shadow.items()})
-            return last - best >= settings.patience
+            return self.private is None and last - best >= settings.patience
 
         record(self.painter, 0)
         # A later round starts near its goal: a full step size would first throw it back.
@@ -183,10 +191,13 @@ class _Alignment:
         return section("best", state), rows, verdict
 
     def _best(self, looks: Tensor) -> int:
-        """Row of the highest held-out reward among the looks that kept every gate; the round's start is always one of them."""
+        """Row of the highest held-out reward among the looks that kept every gate; the round's start is always one of them.
+
+        With a privacy budget the last of them: to choose by reward would be to look at the references.
+        """
         kept = [row for row, seen in enumerate(looks.tolist()) if not row or not self.settings.gates.hold
                 or not failures(dict(zip(COLUMNS, seen, strict=True)), self.settings.gates)]
-        return max(kept, key=lambda row: float(looks[row, COLUMNS.index("held_out_reward")]))
+        return kept[-1] if self.private else max(kept, key=lambda row: float(looks[row, COLUMNS.index("held_out_reward")]))
 
     def _denoise(self, draw: torch.Generator) -> float:
         """Gradient of the denoising loss: half on source pairs, half in the target's domain on pairs in the references' colours."""
@@ -234,11 +245,16 @@ class _Alignment:
         rows = torch.randint(len(self.images), (SPECTRUM_IMAGES,), generator=draw).to(self.device)
         return spectral_gain(spectrum(self._recoloured(rows, draw), self.seen[rows]), spectrum(references, seen))
 
-    def _pull(self, draw: torch.Generator, weight: float, known: Known, past: list[Tensor]) -> tuple[Rewarded, list[Tensor]]:
+    def _masks_and_noise(self, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        """What a batch of samples is painted from: rows of the source's masks, and noise x0."""
+        batch = self.settings.training.batch
+        rows = torch.randint(len(self.images), (batch,), generator=draw).to(self.device)
+        return rows, torch.randn((batch, *self.images.shape[1:]), generator=draw).to(self.device)
+
+    def _pull(self, draw: torch.Generator, weight: float, known: Known, past: list[Tensor]) -> tuple[dict[str, float], list[Tensor]]:
         """Gradient of ``weight`` times the reward of one batch, steadied by the features of earlier samples."""
         settings = self.settings
-        rows = torch.randint(len(self.images), (settings.training.batch,), generator=draw).to(self.device)
-        x0 = torch.randn((settings.training.batch, *self.images.shape[1:]), generator=draw).to(self.device)
+        rows, x0 = self._masks_and_noise(draw)
         kept: list[Tensor] = []
 
         def reward(x1: Tensor) -> Tensor:
@@ -247,13 +263,32 @@ class _Alignment:
             return -self.objective(steadied(features, past), known)
 
         with autocast(self.config.machine, self.device):
-            done = SCHEMES[settings.gradient](velocity_unet.in_domain(self.painter, velocity_unet.TARGET), x0, self.cond[rows], self.times,
-                                              reward, settings.k, draw, weight)
-        return done, kept
+            done: Rewarded = SCHEMES[settings.gradient](velocity_unet.in_domain(self.painter, velocity_unet.TARGET), x0, self.cond[rows], self.times,
+                                                        reward, settings.k, draw, weight)
+        return {"reward": done.reward}, kept
+
+    def _pull_privately(self, draw: torch.Generator, norm: float, past: list[Tensor], step: int) -> tuple[dict[str, float], list[Tensor]]:
+        """Noised mean of the gradients of one reward per reference, each of norm ``norm``; says nothing of the rewards."""
+        rows, x0 = self._masks_and_noise(draw)
+        kept: list[Tensor] = []
+
+        def rewards(x1: Tensor) -> list[Tensor]:
+            features = self._features(x1.float(), self.labels[rows])
+            kept[:] = [f.detach() for f in features]
+            joined = steadied(features, past)
+            return [-self.objective(joined, known) for known in self.each]
+
+        assert self.private is not None
+        parameters = [p for p in self.painter.parameters() if p.requires_grad]
+        with autocast(self.config.machine, self.device):
+            gradients = sparse_each(velocity_unet.in_domain(self.painter, velocity_unet.TARGET), x0, self.cond[rows], self.times, rewards,
+                                    self.settings.k, draw, parameters)
+            self.private.add(parameters, gradients, len(self.each), norm, step)
+        return {}, kept
 
     def _balance(self, known: Known) -> float:
-        """lambda = rho * mean |g_fm| / mean |g_r| over a few batches of the base model."""
-        norms = {"denoise": 0.0, "reward": 0.0}
+        """lambda = rho * mean |g_fm| / mean |g_r| over a few batches of the base model; with a privacy budget |g_r| is 1."""
+        norms = {"denoise": 0.0} if self.private else {"denoise": 0.0, "reward": 0.0}
         nothing = [f[:0] for f in self._features(self.images[:2], self.labels[:2])]
         for i in range(CALIBRATION_BATCHES):
             draw = generator(self.config.seed, "align", "balance", i)
@@ -265,6 +300,8 @@ class _Alignment:
                     self._pull(draw, 1.0, known, nothing)
                 norms[name] += math.sqrt(sum(float(p.grad.square().sum()) for p in self.painter.parameters() if p.grad is not None))
         self.painter.zero_grad(set_to_none=True)
+        if self.private:
+            return self.settings.rho * norms["denoise"] / CALIBRATION_BATCHES
         # The reward alone has nothing to be weighed against, and Adam does not mind its scale.
         return 1.0 if self.settings.denoise == "none" else self.settings.rho * norms["denoise"] / max(norms["reward"], 1e-12)
 
@@ -280,7 +317,7 @@ class _Alignment:
             return features, self.probe.diversity(features[0]), agreement, closest_reference(seen)
 
         def closest_reference(seen: np.ndarray) -> float:
-            return closeness(seen, shown[0], closest) if len(shown[0]) else math.nan
+            return closeness(seen, shown[0], closest) if len(shown[0]) and not self.private else math.nan
 
         _, *base = facts(base_images)
 
@@ -288,8 +325,9 @@ class _Alignment:
             images, speed = self._sample(model)
             features, *own = facts(images)
             diversity, agreement, copying = (a / max(b, 1e-9) for a, b in zip(own, base, strict=True))
-            return {"held_out_reward": -float(self.objective(features, held_out)), "reward": -float(self.objective(features, known)),
-                    **dict(zip(RATIOS, (diversity, speed / base_speed, agreement, copying), strict=True))}
+            rewards = {name: math.nan if self.private else -float(self.objective(features, of))
+                       for name, of in (("held_out_reward", held_out), ("reward", known))}
+            return {**rewards, **dict(zip(RATIOS, (diversity, speed / base_speed, agreement, copying), strict=True))}
 
         return torch.no_grad()(look)
 
@@ -309,8 +347,24 @@ class _Alignment:
         self.colours = self.reference_images[chosen[0]], (membership * seen[:, None])[chosen[0]], seen[chosen[0]]
         self.cores = self._core(self.images, self.labels)
         self.gain = self._spectral_gain()
+        self.each = self._each(*self.colours[:2]) if self.private else []
         aligning, held_out = (self.objective.describe(self.reference_images[rows], membership[rows]) for rows in chosen)
         return aligning, held_out
+
+    def _each(self, images: Tensor, regions: Tensor) -> list[Known]:
+        """What would be known if every aligning reference looked like the first, like the second, and so on: nothing of one depends on another."""
+        n = len(images)
+        alone = [self.objective.encoder(x, r) for x, r in zip(images.split(1), regions.split(1), strict=True)]
+        return [self.objective.known([Moments(n, f[0], torch.ones_like(f[0])) if len(f) else None for f in features]) for features in alone]
+
+    def _private(self) -> PrivateSum | None:
+        """Keeper of the privacy budget, if there is one; its noise is new whenever anything that the weights depend on is."""
+        if self.settings.privacy.epsilon is None:
+            return None
+        said = repr((self.settings, self.config.seed, self.context.key)).encode()
+        images = [each.tobytes() for each in (self.source.images, self.source.labels, self.references.images)]
+        networks = [(self.inputs[name] / "weights.safetensors").read_bytes() for name in ("image_flow", "labeller")]
+        return PrivateSum(self.settings.privacy, self.settings.training.steps, salt(said, *images, *networks))
 
     def _given(self) -> ReferenceMoments | None:
         """The reference set where it is a file of moments that fits this painter's source, encoder and labeller."""
@@ -327,7 +381,7 @@ class _Alignment:
 
     def _ratios(self) -> tuple[str, ...]:
         """The gates' ratios that can be measured."""
-        return RATIOS if self.given is None else tuple(name for name in RATIOS if name != "copy_ratio")
+        return RATIOS if self.given is None and self.private is None else tuple(name for name in RATIOS if name != "copy_ratio")
 
     def _numbers(self) -> dict[str, float]:
         """How many references there are, and how many are aligned to."""
@@ -400,14 +454,14 @@ class _Alignment:
             lora.adapt(model, self.settings.lora_rank, derive_seed(self.config.seed, "align", "lora"), free=model.domain_embeddings())
         return model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
-    def _save(self, out_dir: Path, weights: Weights) -> None:
+    def _save(self, out_dir: Path, weights: Weights, promise: dict[str, Any]) -> None:
         """Write the chosen weights as a plain network."""
         self.averaged.load_state_dict(weights)
         lora.merge(self.averaged)
         facts = read_json(self.inputs["image_flow"] / "config.json")
         velocity_unet.save(out_dir, self.averaged.state_dict(), facts["channels"], facts["cond_channels"], self.flow.network, facts["conditioner"],
                            domain=velocity_unet.TARGET, clip=facts["clip"], reward=self.settings.reward, encoder=self.settings.encoder,
-                           regions=self.settings.regions, gradient=self.settings.gradient, adapter=self.settings.adapter)
+                           regions=self.settings.regions, gradient=self.settings.gradient, adapter=self.settings.adapter, **promise)
 
 
 def _roles(role: "pd.Series[str]") -> tuple[np.ndarray, np.ndarray]:

@@ -267,6 +267,25 @@ class Gates:
 
 
 @dataclass(frozen=True)
+class Privacy:
+    """Differential privacy of the references in stage 2 (see ``reward/private.py``, docs/privacy.md).
+
+    Attributes:
+        epsilon: budget that the aligned weights may spend on each reference; null: no such promise.
+        delta: probability with which the promise may fail; well below one over the number of references.
+    """
+
+    epsilon: float | None = None
+    delta: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.epsilon is not None and not self.epsilon > 0:
+            raise InputError(f"align.privacy.epsilon: must be above 0, got {self.epsilon}; null makes no promise")
+        if not 0 < self.delta < 1:
+            raise InputError(f"align.privacy.delta: must be between 0 and 1, got {self.delta}; it is a probability, such as 1e-3")
+
+
+@dataclass(frozen=True)
 class Align:
     """Stage 2 of one target (see ``align.py``).
 
@@ -288,6 +307,7 @@ class Align:
         queue: feature vectors of earlier samples kept to steady the sample moments.
         check_every: steps between looks at the held-out reward and the gates.
         patience: looks without a better held-out reward before stopping.
+        privacy: differential privacy of the references.
     """
 
     reward: str = "frechet"
@@ -315,6 +335,7 @@ class Align:
     check_samples: int = 16
     patience: int = 5
     gates: Gates = field(default_factory=Gates)
+    privacy: Privacy = field(default_factory=Privacy)
 
     def __post_init__(self) -> None:
         one_of("align.reward", self.reward, DISTANCES)
@@ -335,8 +356,25 @@ class Align:
         if (self.encoder == "pretrained") != (self.encoder_weights is not None):
             raise InputError("align.encoder_weights: encoder 'pretrained' needs it, others do not; give a folder with config.json and "
                              "model.safetensors, or hub:OWNER/NAME where the network may be used")
+        if self.privacy.epsilon is not None:
+            self._refuse_leaks()
         if self.rounds > self.training.steps:
             raise InputError(f"align.rounds: {self.rounds} is more than align.training.steps ({self.training.steps}); lower rounds")
+
+    def _refuse_leaks(self) -> None:
+        """With a budget, the weights may depend on the references through noised gradients alone."""
+        needed = {"recolour": False, "denoise": "source", "gradient": "sparse"}
+        problems = [f"align.{name}: must be {str(value).lower()} with align.privacy.epsilon, got {str(getattr(self, name)).lower()}; "
+                    "anything else would read the references without noise" for name, value in needed.items() if getattr(self, name) != value]
+        if self.encoder == "ssl":
+            problems.append("align.encoder: 'ssl' is trained on the references and cannot go with align.privacy.epsilon; use statconv")
+        if self.reward not in FROM_MOMENTS:
+            problems.append(f"align.reward: '{self.reward}' is of all references together and cannot be split as align.privacy.epsilon needs; "
+                            f"use {', '.join(FROM_MOMENTS)}")
+        if self.rho == 0:
+            problems.append("align.rho: 0 leaves the reward out, and align.privacy.epsilon has nothing to protect; raise it or set epsilon to null")
+        if problems:
+            raise InputError(*problems)
 
 
 @dataclass(frozen=True)
@@ -384,6 +422,8 @@ def _needs_images(align: Align) -> typing.Iterator[str]:
         yield f"align.recolour: {words} to take colours from; set align.recolour=false"
     if align.regions == "pseudo" and align.rounds != 1:
         yield f"align.rounds: {words} to label anew between rounds; set align.rounds=1"
+    if align.privacy.epsilon is not None:
+        yield f"align.privacy.epsilon: {words}, and noise is added to the gradient of each; set it to null"
 
 
 @dataclass(frozen=True)

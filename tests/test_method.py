@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from alignflow_core import align, filtering, image_flow, labeller, mask_flow, sample, segment
+from alignflow_core.artifact import read_json
 from alignflow_core.checkpoint import load_tensors
 from alignflow_core.config import (
     Align,
@@ -21,6 +22,7 @@ from alignflow_core.config import (
     Machine,
     MaskFlow,
     Network,
+    Privacy,
     Sample,
     Segment,
     SegmenterNetwork,
@@ -135,9 +137,14 @@ def test_stage2_starts_as_stage1(built: dict[str, Path]) -> None:
         assert torch.equal(model(x, t, cond), velocity_unet.in_domain(model, velocity_unet.TARGET)(x, t, cond))
 
 
+PRIVATE: dict[str, Any] = {"privacy": Privacy(epsilon=30.0), "recolour": False}
+
+
 @pytest.mark.parametrize("changed", [{}, {"regions": "none", "reward": "skl"}, {"gradient": "last_k", "k": 1}, {"queue": 0},
-                                     {"adapter": "lora", "lora_rank": 2, "gradient": "full"}])
+                                     {"adapter": "lora", "lora_rank": 2, "gradient": "full"}, PRIVATE])
 def test_alignment_interrupted_and_resumed_is_byte_equal(built: dict[str, Path], tmp_path: Path, changed: dict[str, Any]) -> None:
+    if changed is PRIVATE:
+        pytest.importorskip("opacus", reason="the extra 'dp' is not installed")
     short = dataclasses.replace(CONFIG.align.training, steps=14)
     config = SimpleNamespace(**{**vars(CONFIG), "align": dataclasses.replace(CONFIG.align, training=short, check_samples=4, **changed)})
     build(align.run, config, built, tmp_path / "whole")
@@ -154,6 +161,30 @@ def test_alignment_interrupted_and_resumed_is_byte_equal(built: dict[str, Path],
     expected, found = (load_tensors(tmp_path / name / "weights.safetensors") for name in ("whole", "resumed"))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     pd.testing.assert_frame_equal(*(pd.read_parquet(tmp_path / name / "gates.parquet") for name in ("whole", "resumed")))
+
+
+def test_with_a_budget_nothing_but_the_noised_gradients_sees_the_references(built: dict[str, Path], tmp_path: Path,
+                                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise held fixed, held-out references change nothing, and an aligning one changes the weights."""
+    pytest.importorskip("opacus", reason="the extra 'dp' is not installed")
+    monkeypatch.setattr(align, "salt", lambda *parts: "fixed")
+    short = dataclasses.replace(CONFIG.align.training, steps=8)
+    config = SimpleNamespace(**{**vars(CONFIG), "align": dataclasses.replace(CONFIG.align, training=short, **PRIVATE)})
+    references, made = read_pairs(built["references"]), {}
+    for name, row in (("as they are", None), ("held out", 9), ("aligning", 0)):
+        images = references.images.copy()
+        if row is not None:
+            images[row] = images[row, ::-1, :, ::-1]
+        (tmp_path / name).mkdir()
+        write_pairs(tmp_path / name, dataclasses.replace(references, images=images))
+        metrics = build(align.run, config, {**built, "references": tmp_path / name}, tmp_path / f"{name} out")
+        made[name] = (tmp_path / f"{name} out" / "weights.safetensors").read_bytes()
+    assert made["held out"] == made["as they are"] != made["aligning"]
+    looks, verdict = pd.read_parquet(tmp_path / "aligning out" / "gates.parquet"), read_json(tmp_path / "aligning out" / "verdict.json")
+    assert looks[["reward", "held_out_reward", "copy_ratio"]].isna().all(axis=None)
+    assert not set(metrics) & {"reward_after", "held_out_after", "copy_ratio"}
+    assert verdict["privacy"]["n_records"] == 7 and 29 < verdict["privacy"]["epsilon"] == metrics["epsilon"] <= 30
+    assert read_json(tmp_path / "aligning out" / "config.json")["privacy"] == verdict["privacy"]
 
 
 def test_filter_refuses_a_pair_whose_image_ignores_its_mask(built: dict[str, Path], tmp_path: Path) -> None:

@@ -4,11 +4,11 @@ One signature: ``scheme(velocity_model, x0, cond, times, reward, k, generator, w
 ``-weight * reward`` to the parameters and returns the reward and the sample.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from alignflow_core.flow.path import VelocityModel
@@ -35,18 +35,40 @@ def sparse(velocity_model: VelocityModel, x0: Tensor, cond: Tensor, times: Tenso
     """
     n = len(times) - 1
     steps = (times[1:] - times[:-1]).tolist()
-    inputs, x = [], x0
-    with torch.no_grad():
-        for i in range(n):
-            inputs.append(x)
-            x = x + steps[i] * velocity_model(x, x.new_full((len(x),), float(times[i])), cond)
-    x1 = x.detach().requires_grad_()
+    inputs, x1 = _roll_out(velocity_model, x0, cond, times)
     value = reward(x1)
     (gradient,) = torch.autograd.grad(value, x1)
     for i in torch.randperm(n, generator=generator)[:k].tolist():
-        velocity = velocity_model(inputs[i], x.new_full((len(x),), float(times[i])), cond)
+        velocity = velocity_model(inputs[i], x1.new_full((len(x1),), float(times[i])), cond)
         (-weight * n / k * steps[i] * (velocity * gradient).sum()).backward()
     return Rewarded(value.item(), x1.detach())
+
+
+def sparse_each(velocity_model: VelocityModel, x0: Tensor, cond: Tensor, times: Tensor, rewards: Callable[[Tensor], list[Tensor]], k: int,
+                generator: torch.Generator, parameters: list[nn.Parameter]) -> Iterator[tuple[Tensor, ...]]:
+    """The gradient that ``sparse`` has of ``-reward``, of each of several rewards of one batch; yielded one by one, one tensor per parameter.
+
+    The roll-out and the k network calls are shared, so a reward costs k backward passes; memory is k network calls.
+    """
+    n = len(times) - 1
+    steps = (times[1:] - times[:-1]).tolist()
+    inputs, x1 = _roll_out(velocity_model, x0, cond, times)
+    directions = [torch.autograd.grad(value, x1, retain_graph=True)[0] for value in rewards(x1)]
+    chosen = torch.randperm(n, generator=generator)[:k].tolist()
+    velocities = [steps[i] * velocity_model(inputs[i], x1.new_full((len(x1),), float(times[i])), cond) for i in chosen]
+    for direction in directions:
+        pull = -n / k * torch.stack([(velocity * direction).sum() for velocity in velocities]).sum()
+        yield torch.autograd.grad(pull, parameters, retain_graph=True)
+
+
+def _roll_out(velocity_model: VelocityModel, x0: Tensor, cond: Tensor, times: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Euler without gradient: the network's input at every step, and x1 as a leaf that takes a gradient."""
+    inputs, x = [], x0
+    with torch.no_grad():
+        for t, dt in zip(times.tolist(), (times[1:] - times[:-1]).tolist()):
+            inputs.append(x)
+            x = x + dt * velocity_model(x, x.new_full((len(x),), t), cond)
+    return inputs, x.detach().requires_grad_()
 
 
 def last_k(velocity_model: VelocityModel, x0: Tensor, cond: Tensor, times: Tensor, reward: Reward, k: int,
