@@ -42,7 +42,7 @@ reliability: setup
 # benchmarks/reward_per_second.py needs a finished run and is started by hand.
 bench: setup
 	@$(BIN)/python benchmarks/stage_two.py $(BENCH_ARGS)
-	@$(BIN)/python benchmarks/orchestration.py
+	@$(BIN)/python -m benchmarks --only orchestration growth schedule
 
 lint: setup
 	@$(BIN)/ruff check .

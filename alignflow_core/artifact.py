@@ -9,7 +9,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from alignflow_core.errors import InputError
 
@@ -74,6 +74,18 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: not readable as JSON ({error}); rebuild the artifact it belongs to") from error
+
+
+def open_array(file: Path, shape: tuple[int, ...]) -> IO[bytes]:
+    """A new ``.npy`` file of uint8, of which the header is written and the pixels are to follow.
+
+    A mapped array would hold every page that was written until the file is closed.
+    """
+    from numpy.lib import format as npy
+
+    stream = file.open("wb")
+    npy.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return stream
 
 
 def publish(part_dir: Path, out_dir: Path) -> None:

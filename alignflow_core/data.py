@@ -1,5 +1,6 @@
 """Raw folders -> checked, resized, split and hashed pairs; and the few references that the method may see."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alignflow_core.artifact import read_json, write_json
+from alignflow_core.artifact import open_array, read_json, write_json
 from alignflow_core.config import Task
 from alignflow_core.errors import InputError
 from alignflow_core.folders import Case, Listing, check_folder, group_files
@@ -56,24 +57,21 @@ def run_data(config: Any, inputs: Mapping[str, Path], out_dir: Path, context: An
     """Stage ``data``: one domain's folder -> ``images.npy``, ``masks.npy``, ``manifest.parquet`` at the working size.
 
     File names and groups appear as keyed hashes alone (``site_key.py``), in the order of the names.
-    Pixels are written case by case into mapped arrays; memory does not grow with the folder.
+    Pixels are written case by case; memory does not grow with their number.
     """
-    import pandas as pd
 
     folder = context.root / config.domain.dir
     listing = check_folder(folder, config.task, root=context.root, progress=context.progress)
     shares = config.data.source_split if context.key == config.source else config.data.target_split
     split_of = split_groups([case.group for case in listing.cases], shares, config.data.seed, context.key)
-    _write_arrays(listing, config.task, config.data.size, out_dir, context.progress)
-    table = pd.DataFrame([_row(case, context.key) | {
-        "split": split_of[case.group], "image_sha256": case.image_sha256, "mask_sha256": case.mask_sha256, "width": case.width,
-        "height": case.height} for case in listing.cases])
+    area = _write_arrays(listing, config.task, config.data.size, out_dir, context.progress)
+    table = _table(listing.cases, context.key)
+    table.insert(3, "split", [split_of[case.group] for case in listing.cases])
+    table.insert(5, "mask_sha256", [case.mask_sha256 for case in listing.cases])
     table.to_parquet(out_dir / "manifest.parquet", index=False)
     write_json(out_dir / KEY_FILE, {"key_check": key_check()})
-    counts, masks = table["split"].value_counts(), np.load(out_dir / "masks.npy", mmap_mode="r")
-    numbers = range(1, len(config.task.classes) + 1)
-    area = {k: sum(int((mask >= k if config.task.nested else mask == k).sum()) for mask in masks) / masks.size for k in numbers}
-    return {f"n_{split}": float(counts.get(split, 0)) for split in SPLITS} | {f"area_{config.task.classes[k - 1]}": area[k] for k in numbers} | {
+    counts = table["split"].value_counts()
+    return {f"n_{split}": float(counts.get(split, 0)) for split in SPLITS} | {f"area_{name}": share for name, share in area.items()} | {
         "n_groups": float(table["group"].nunique()), "n_empty_masks": float(len(listing.empty_masks))}
 
 
@@ -112,10 +110,9 @@ def run_references(config: Any, inputs: Mapping[str, Path], out_dir: Path, conte
         known = dict(zip(manifest["case_id"], manifest["group"], strict=True))
         own_groups = bool(group_files(listing.folder))
         listing = replace(listing, cases=tuple(cases))
-        rows = [_row(case, domain) for case in cases]
-        table = pd.DataFrame([row | {"group": row["group"] if own_groups else known.get(str(row["case_id"]), row["group"]),
-                                     "image_sha256": case.image_sha256, "width": case.width, "height": case.height}
-                              for row, case in zip(rows, cases, strict=True)])
+        table = _table(cases, domain)
+        if not own_groups:
+            table["group"] = [known.get(case, group) for case, group in zip(table["case_id"], table["group"], strict=True)]
         labelled, places = listing.labelled, [str(listing.folder / case.image_file) for case in cases]
     _refuse_test_images(table, places, manifest[manifest["split"] == "test"], domain)
     if wanted.dir is not None:
@@ -147,9 +144,14 @@ def _reference_numbers(n_align: int, n_held_out: int, labelled: bool) -> dict[st
     return {"n_references": float(n_align + n_held_out), "n_align": float(n_align), "n_held_out": float(n_held_out), "labelled": float(labelled)}
 
 
-def _row(case: Case, domain: str) -> dict[str, object]:
-    """The columns that both manifests begin with."""
-    return {"case_id": case_id(domain, case.stem), "domain": domain, "group": pseudonym("group", f"{domain}/{case.group}")}
+def _table(cases: Sequence[Case], domain: str) -> "pd.DataFrame":
+    """The columns of both manifests."""
+    import pandas as pd
+
+    return pd.DataFrame({
+        "case_id": [case_id(domain, case.stem) for case in cases], "domain": domain,
+        "group": [pseudonym("group", f"{domain}/{case.group}") for case in cases], "image_sha256": [case.image_sha256 for case in cases],
+        "width": [case.width for case in cases], "height": [case.height for case in cases]})
 
 
 def case_id(domain: str, stem: str) -> str:
@@ -164,27 +166,31 @@ def _refuse_other_key(folder: Path) -> None:
                          "or remove the folder to build it again")
 
 
-def _write_arrays(listing: Listing, task: Task, size: int, out_dir: Path, progress: Callable[[int, int, str], None]) -> None:
-    """Resized pixels of the cases, in their order: ``images.npy`` [N, size, size, 3] and, if labelled, ``masks.npy`` [N, size, size]."""
-    n = len(listing.cases)
-    images = np.lib.format.open_memmap(out_dir / "images.npy", "w+", np.uint8, (n, size, size, 3))
-    masks = np.lib.format.open_memmap(out_dir / "masks.npy", "w+", np.uint8, (n, size, size)) if listing.labelled else None
-    for i, case in enumerate(listing.cases):
-        try:
-            picture = read_image(listing.folder / case.image_file, listing.root, size)
-            images[i] = picture.pixels
-            hashes = [picture.sha256, case.mask_sha256]
-            if masks is not None:
-                picture = read_mask(listing.folder / case.mask_file, listing.root, task, size)
-                masks[i], hashes[1] = picture.pixels, picture.sha256
-        except ReadError as error:
-            raise InputError(f"{listing.folder / case.image_file}: changed since it was checked ({error}); run again") from error
-        if hashes != [case.image_sha256, case.mask_sha256]:
-            raise InputError(f"{listing.folder / case.image_file}: it or its mask changed since it was checked; run again")
-        progress(i + 1, n, "resized")
-    images.flush()
-    if masks is not None:
-        masks.flush()
+def _write_arrays(listing: Listing, task: Task, size: int, out_dir: Path, progress: Callable[[int, int, str], None]) -> dict[str, float]:
+    """Resized pixels of the cases, in their order: ``images.npy`` [N, size, size, 3] and, if labelled, ``masks.npy`` [N, size, size].
+
+    Returns:
+        Share of all pixels by class; zeros where unlabelled.
+    """
+    n, n_classes = len(listing.cases), len(task.classes)
+    counts = np.zeros(n_classes + 1, np.int64)
+    with contextlib.ExitStack() as files:
+        images = files.enter_context(open_array(out_dir / "images.npy", (n, size, size, 3)))
+        masks = files.enter_context(open_array(out_dir / "masks.npy", (n, size, size))) if listing.labelled else None
+        for done, case in enumerate(listing.cases, 1):
+            try:
+                image = read_image(listing.folder / case.image_file, listing.root, size)
+                mask = read_mask(listing.folder / case.mask_file, listing.root, task, size) if masks else None
+            except ReadError as error:
+                raise InputError(f"{listing.folder / case.image_file}: changed since it was checked ({error}); run again") from error
+            if (image.sha256, mask.sha256 if mask else "") != (case.image_sha256, case.mask_sha256):
+                raise InputError(f"{listing.folder / case.image_file}: it or its mask changed since it was checked; run again")
+            images.write(image.pixels.tobytes())
+            if masks and mask:
+                masks.write(mask.pixels.tobytes())
+                counts += np.bincount(mask.pixels.ravel(), minlength=n_classes + 1)
+            progress(done, n, "resized")
+    return {name: float(counts[k:].sum() if task.nested else counts[k]) / (n * size * size) for k, name in enumerate(task.classes, 1)}
 
 
 def _refuse_test_images(table: "pd.DataFrame", places: Sequence[str], test: "pd.DataFrame", domain: str) -> None:

@@ -33,6 +33,7 @@ from alignflow_core.runner import Context
 from alignflow_core.seeding import derive_seed
 
 MAP_SIZE = 200  # images of one set in features.parquet
+MOST = 1024  # images of one set that distances are taken over: time and memory of kernels grow with the square, of eigenvalues with the cube
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,9 @@ def _image_distances(data: Measured, target: str, seed: int) -> tuple[pd.DataFra
     features = pd.concat([_map_rows(name, pairs.ids, vectors[name]) for name, pairs in sets.items()], ignore_index=True)
     groups = {name: _units(pairs) for name, pairs in sets.items()}
     vectors["aligned+filtered"], groups["aligned+filtered"] = vectors["aligned"][data.kept], groups["aligned"][data.kept]
+    for name, found in vectors.items():
+        chosen = _evenly(len(found), MOST)
+        vectors[name], groups[name] = found[chosen], groups[name][chosen]
     real, real_groups = vectors.pop("target test"), groups.pop("target test")
     floor = real_floor(real, _draws(seed, target, "floor"), real_groups)
     rows = []
@@ -187,9 +191,14 @@ def _draws(seed: int, target: str, purpose: str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(derive_seed(seed, "evaluate", target, purpose)))
 
 
+def _evenly(n: int, most: int) -> np.ndarray:
+    """Rows of at most ``most`` evenly spaced members of a set of n; all of a smaller one."""
+    return np.unique(np.linspace(0, n - 1, min(most, n)).round().astype(int))
+
+
 def _map_rows(name: str, ids: object, vectors: np.ndarray) -> pd.DataFrame:
     """At most MAP_SIZE evenly spaced members of a set: set, id, f0, f1, …"""
-    chosen = np.unique(np.linspace(0, len(vectors) - 1, min(MAP_SIZE, len(vectors))).round().astype(int)) if len(vectors) else np.empty(0, int)
+    chosen = _evenly(len(vectors), MAP_SIZE)
     frame = pd.DataFrame(vectors[chosen].astype(np.float32), columns=[f"f{i}" for i in range(vectors.shape[1])])
     frame.insert(0, "id", np.asarray(ids, dtype=object)[chosen].astype(str))
     frame.insert(0, "set", name)
@@ -201,7 +210,7 @@ def _looks(data: Measured, task: Task) -> pd.DataFrame:
     frames = []
     for name, pairs in {"source": data.source, "stage1": data.stage1, "aligned": data.aligned, **data.shown_references,
                         "target test": data.test}.items():
-        chosen = np.unique(np.linspace(0, len(pairs) - 1, min(MAP_SIZE, len(pairs))).round().astype(int))
+        chosen = _evenly(len(pairs), MAP_SIZE)
         frames.append(appearance(pairs.images[chosen], None if pairs.masks is None else pairs.masks[chosen], task).assign(set=name))
     return pd.concat(frames, ignore_index=True)
 

@@ -20,7 +20,7 @@ CHECK_SIZE = 64  # the check decodes every image, large JPEGs at reduced scale
 IGNORED = ("thumbs.db", "desktop.ini")  # and names with a leading dot
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Case:
     """One image and its mask; files relative to the folder, size in pixels, hashes of the files' bytes."""
 
@@ -169,6 +169,7 @@ def _merge_copies(cases: Sequence[Case]) -> tuple[Case, ...]:
 
     def leader(group: str) -> str:
         while parent.setdefault(group, group) != group:
+            parent[group] = parent[parent[group]]  # halved at every visit: a chain of copies stays short
             group = parent[group]
         return group
 

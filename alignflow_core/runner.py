@@ -94,14 +94,20 @@ def provenance_file(root: Path, stage: str, key: str | None) -> Path:
 
 def stage_params(project: Project, stage: Stage, key: str | None) -> dict[str, Any]:
     """Resolved values of the stage's params as plain data, by dotted key (``{key}`` filled in)."""
-    plain = dataclasses.asdict(project)
     found: dict[str, Any] = {}
     for dotted in stage.params:
-        value: Any = plain
+        value: Any = project
         for part in dotted.split("."):
-            value = value[str(key) if part == "{key}" else part]
-        found[dotted.replace("{key}", str(key))] = value
+            value = value[str(key) if part == "{key}" else part] if isinstance(value, dict) else getattr(value, part)
+        found[dotted.replace("{key}", str(key))] = _plain(value)
     return found
+
+
+def _plain(value: Any) -> Any:
+    """A section, a table of sections or a value as plain data; of the project only this part is copied."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return {name: _plain(each) for name, each in value.items()} if isinstance(value, dict) else value
 
 
 def stage_config(project: Project, stage: Stage, key: str | None) -> SimpleNamespace:

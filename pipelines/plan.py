@@ -55,12 +55,11 @@ def upstream_lanes(project: Project, lane: Lane, nodes: Iterable[Node]) -> set[L
 
 def stale_nodes(project: Project, root: Path, nodes: Iterable[Node]) -> list[Node]:
     """Those of the nodes that do not fit the project as it lies on disk, and those among them that read such a one."""
-    found: list[Node] = []
+    found: dict[str, Node] = {}
     for stage, key in nodes:
-        names = {node_id(each.name, k) for each, k in found}
-        if any(causes(project, root, stage, key)) or any(node_id(*each) in names for each in project.graph.inputs(stage, key).values()):
-            found.append((stage, key))
-    return found
+        if any(causes(project, root, stage, key)) or any(node_id(*each) in found for each in project.graph.inputs(stage, key).values()):
+            found[node_id(stage.name, key)] = (stage, key)
+    return list(found.values())
 
 
 def plan(root: Path) -> list[tuple[str, str]]:

@@ -7,13 +7,14 @@ disk is the one it has recorded: that file holds the content hash of the artifac
 import hashlib
 import json
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from alignflow_core.artifact import read_json
+from alignflow_core.config import parse_yaml
 from alignflow_core.runner import provenance_file
 from alignflow_core.stages import artifact_dir, node_id
 
@@ -37,9 +38,8 @@ class Versions:
         if not file.exists():
             return {}
         try:
-            loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(file.read_text(encoding="utf-8"))  # in C where there is one
-            return dict((loader.get_single_data() or {}).get("stages", {}))
-        except yaml.YAMLError:  # being written at this moment
+            return _stages(file, file.stat().st_mtime_ns, file.stat().st_size)
+        except (OSError, yaml.YAMLError):  # being written at this moment
             return {}
 
     def artifact(self, node: NodeName, content: str) -> "Dataset":
@@ -67,6 +67,12 @@ class Versions:
     def _hashes(self, node: NodeName, side: str) -> dict[str, str]:
         """Path -> hash of the ``deps`` or ``outs`` of a stage."""
         return {each["path"]: each["md5"] for each in self.locked.get(node_id(*node), {}).get(side, []) if "md5" in each}
+
+
+@lru_cache(maxsize=1)
+def _stages(file: Path, modified_ns: int, size: int) -> dict[str, Any]:
+    """Stages of the lock as it is now; it grows with the project, and every stage is asked for before and after it is built."""
+    return dict((parse_yaml(file.read_text(encoding="utf-8")) or {}).get("stages", {}))
 
 
 def shown(text: str) -> str:
