@@ -1,0 +1,1 @@
+"""Our costs against peers measured in the same run: ``python -m benchmarks``."""
