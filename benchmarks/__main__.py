@@ -9,6 +9,7 @@ Exit status 1 where a bar is missed.
 import argparse
 import importlib
 import json
+import os
 import pkgutil
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ from types import ModuleType
 
 import benchmarks
 from benchmarks.row import Row, Skipped
+
+WIDE = 72
+ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # idle threads of a pool burn CPU seconds
 
 
 def subjects() -> dict[str, ModuleType]:
@@ -28,25 +32,27 @@ def subjects() -> dict[str, ModuleType]:
 def line(row: Row) -> str:
     """One row of the printed table."""
     bar = f"{'≥' if row.at_least else '≤'} {row.bar:g}"
-    spread = "–".join(f"{value:g}" for value in row.spread)
-    return f"{row.name:64s} {row.ours:10g} {row.peer:10g} {row.unit:8s} {row.ratio:8g} {bar:8s} {'ok' if row.ok else 'MISSED':6s} {row.n:3d}  {spread}"
+    spread, verdict = " to ".join(f"{value:g}" for value in row.spread), "ok" if row.ok else "MISSED"
+    return f"{row.name:{WIDE}s} {row.ours:10g} {row.peer:10g} {row.unit:8s} {row.ratio:8g} {bar:8s} {verdict:6s} {row.n:3d}  {spread}"
 
 
 def main() -> int:
     """Measure, print as it goes, write the file."""
+    os.environ.update(dict.fromkeys(ONE_THREAD, "1"))  # before numpy is imported
     named = subjects()
-    listing = "\n".join(f"  {name:20s} row {', '.join(map(str, module.NUMBERS))}: {(module.__doc__ or '').splitlines()[0]}" for name, module in named.items())
+    listing = "\n".join(f"  {name:18s} {'row ' + ', '.join(map(str, module.NUMBERS)):10s} {(module.__doc__ or '').splitlines()[0]}"
+                        for name, module in named.items())
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, epilog=f"names:\n{listing}",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(named), default=list(named), help="these subjects alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     options = parser.parse_args()
-    print(f"{'':64s} {'ours':>10s} {'peer':>10s} {'unit':8s} {'ratio':>8s} {'bar':8s} {'':6s} {'n':>3s}  spread", flush=True)
+    print(f"{'':{WIDE}s} {'ours':>10s} {'peer':>10s} {'unit':8s} {'ratio':>8s} {'bar':8s} {'':6s} {'n':>3s}  spread", flush=True)
     rows = []
     for name in options.only:
         for row in named[name].rows():
             if isinstance(row, Skipped):
-                print(f"{row.name:64s} skipped: {row.why}", flush=True)
+                print(f"{row.name:{WIDE}s} skipped: {row.why}", flush=True)
             else:
                 print(line(row), flush=True)
                 rows.append(row)
