@@ -28,9 +28,12 @@ demo: setup
 test: setup lint
 	@$(BIN)/python -m pytest -n 2
 
+# An extra on top of what is set up, which no locked version gives way to.
+with_extra = . .ci/pip-settings && $(BIN)/uv pip install --quiet --constraint <(grep -v '^ ' requirements.lock | sed 's/ *\\$$//') --editable '.[$(1)]'
+
 # Tests that take minutes; the extra brings Ray, S3 and Selenium. Browser tests want Debian's chromium and chromium-driver, network tests iproute2.
 nightly: setup
-	@. .ci/pip-settings && $(BIN)/uv pip install --quiet --constraint <(grep -v '^ ' requirements.lock | sed 's/ *\\$$//') --editable '.[nightly]'
+	@$(call with_extra,nightly)
 	@$(BIN)/python -m pytest -n 2 -m nightly
 
 # The figures of docs/reliability.md, the long ones included, as a table at the end.
@@ -38,11 +41,10 @@ reliability: setup
 	@$(BIN)/python -m pytest -n 2 -m 'nightly or not nightly' tests/test_reliability.py tests/test_hostile.py tests/test_audit.py tests/test_no_metadata.py \
 		tests/test_cancel.py tests/test_layers.py
 
-# Ratios against a peer measured in the same run; BENCH_ARGS="--json FILE" keeps them.
-# benchmarks/reward_per_second.py needs a finished run and is started by hand.
+# Ratios against peers measured in the same run (docs/performance.md); the extra brings the peers. BENCH_ARGS="--only solver metrics --json FILE".
 bench: setup
-	@$(BIN)/python benchmarks/stage_two.py $(BENCH_ARGS)
-	@$(BIN)/python -m benchmarks --only orchestration growth schedule
+	@$(call with_extra,bench)
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from PIL import Image
 from scipy.ndimage import binary_dilation, binary_erosion
 
 from alignflow_core.config import COLOUR, Task, in_order
+from alignflow_core.masks import regions
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -207,8 +208,6 @@ def image_strip(images: np.ndarray, masks: np.ndarray | None, task: Task, refuse
 
 def _outlined(tile: np.ndarray, mask: np.ndarray, task: Task) -> np.ndarray:
     """Draw each region's outline, light on a dark casing, so that it shows on any tissue."""
-    from alignflow_core.masks import regions  # brings torch, which the figures without images need not wait for
-
     for number, region in enumerate(regions(mask[None], task)[0]):
         smooth = _enlarge(region.astype(np.uint8) * 255, Image.Resampling.BICUBIC) > 127
         line = smooth & ~binary_erosion(smooth, iterations=2)

@@ -1,10 +1,14 @@
 """Masks as the networks see them: regions, signed distance maps, and back."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 from scipy.ndimage import distance_transform_edt
 
 from alignflow_core.config import Task
+
+if TYPE_CHECKING:
+    import torch
 
 
 def regions(masks: np.ndarray, task: Task) -> np.ndarray:
@@ -28,12 +32,14 @@ def from_regions(channels: np.ndarray, task: Task) -> np.ndarray:
     return np.where(inside.any(axis=1), best + 1, 0).astype(np.uint8)
 
 
-def signed_distance(masks: np.ndarray, task: Task, clip: float) -> torch.Tensor:
+def signed_distance(masks: np.ndarray, task: Task, clip: float) -> "torch.Tensor":
     """Signed distance maps, positive inside, in units of ``clip`` pixels and cut to [-1, 1].
 
     Returns:
         float32 [N, C, H, W]; an empty region is -1 everywhere, a full one +1.
     """
+    import torch  # here, since the report and the metrics want regions alone
+
     inside = regions(masks, task)
     maps = np.empty(inside.shape, np.float32)
     for n, c in np.ndindex(inside.shape[:2]):
@@ -46,7 +52,9 @@ def signed_distance(masks: np.ndarray, task: Task, clip: float) -> torch.Tensor:
     return torch.from_numpy(maps.clip(-1, 1))
 
 
-def condition(masks: np.ndarray, task: Task, clip: float) -> torch.Tensor:
+def condition(masks: np.ndarray, task: Task, clip: float) -> "torch.Tensor":
     """What the image flow is conditioned on: signed distance maps and regions as -1/1, float32 [N, 2C, H, W]."""
+    import torch
+
     inside = torch.from_numpy(regions(masks, task)).float().mul(2).sub(1)
     return torch.cat([signed_distance(masks, task, clip), inside], dim=1)

@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import torch
 
 from alignflow_core.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 SPLITS = ("train", "val", "test")
 
@@ -72,11 +75,13 @@ def write_pairs(folder: Path, pairs: Pairs) -> None:
     pairs.table.to_parquet(folder / "manifest.parquet", index=False)
 
 
-def to_unit(images: np.ndarray) -> torch.Tensor:
+def to_unit(images: np.ndarray) -> "torch.Tensor":
     """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in [-1, 1]."""
+    import torch  # here, since the report reads pairs without torch
+
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
 
 
-def to_bytes(images: torch.Tensor) -> np.ndarray:
+def to_bytes(images: "torch.Tensor") -> np.ndarray:
     """float [N, 3, H, W] in [-1, 1] -> uint8 [N, H, W, 3], clipped and rounded."""
     return images.detach().float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -5,8 +5,10 @@ what was drawn before; resuming needs no generator state, and pair *i* is the sa
 """
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def derive_seed(*names: object) -> int:
@@ -15,6 +17,8 @@ def derive_seed(*names: object) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def generator(*names: object) -> torch.Generator:
+def generator(*names: object) -> "torch.Generator":
     """CPU generator seeded by the names; draws are moved to the device, so all devices agree."""
+    import torch  # here, since the tables and the report want a seed and no torch
+
     return torch.Generator().manual_seed(derive_seed(*names))

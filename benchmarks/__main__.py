@@ -3,7 +3,7 @@
     python -m benchmarks [--only NAME...] [--json FILE]
 
 A subject is a module here with ``rows()``, which yields ``Row`` or ``Skipped``, and ``NUMBERS``, the rows of the table that it measures.
-Exit status 1 where a bar is missed.
+A missed bar is a finding and no error: it is printed, and the exit status is 0.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def line(row: Row) -> str:
     return f"{row.name:{WIDE}s} {row.ours:10g} {row.peer:10g} {row.unit:8s} {row.ratio:8g} {bar:8s} {verdict:6s} {row.n:3d}  {spread}"
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Measure, print as it goes, write the file."""
     os.environ.update(dict.fromkeys(ONE_THREAD, "1"))  # before numpy is imported
     named = subjects()
@@ -46,7 +46,7 @@ def main() -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(named), default=list(named), help="these subjects alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     print(f"{'':{WIDE}s} {'ours':>10s} {'peer':>10s} {'unit':8s} {'ratio':>8s} {'bar':8s} {'':6s} {'n':>3s}  spread", flush=True)
     rows = []
     for name in options.only:
@@ -58,7 +58,8 @@ def main() -> int:
                 rows.append(row)
     if options.json:
         options.json.write_text(json.dumps([row.record() for row in rows], indent=1) + "\n", encoding="utf-8")
-    return int(any(not row.ok for row in rows))
+    print(f"{sum(row.ok for row in rows)} of {len(rows)} rows reach their bar")
+    return 0
 
 
 if __name__ == "__main__":

@@ -46,6 +46,6 @@ SOLVERS: dict[str, Solver] = {"euler": euler, "midpoint": midpoint, "heun": heun
 
 
 def _steps(x0: Tensor, times: Tensor) -> list[tuple[Tensor, float]]:
-    """Start time of each step as [B] and its length."""
-    grid = times.tolist()
-    return [(x0.new_full((len(x0),), a), b - a) for a, b in zip(grid[:-1], grid[1:], strict=True)]
+    """Start time of each step as [B] and its length. The times are views of one tensor: filling one a step takes as long as the step's arithmetic."""
+    grid, starts = times.tolist(), times.to(x0)[:-1, None].expand(-1, len(x0)).unbind()
+    return [(t, b - a) for t, a, b in zip(starts, grid[:-1], grid[1:], strict=True)]

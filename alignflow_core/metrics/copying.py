@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-from scipy.stats import betabinom
 
 from alignflow_core.metrics.likeness import details, unlikeness
 
@@ -56,6 +55,8 @@ class CopyCheck:
 
     def chance(self, n: int) -> float:
         """Flags among n fresh real images that chance explains at most: 95 % quantile of the beta-binomial law, NaN if uncalibrated."""
+        from scipy.stats import betabinom  # as dear as torch to import, and only flags that are counted need it
+
         return float(betabinom.ppf(0.95, n, self.rank, self.n_calibration + 1 - self.rank)) if self.rank else float("nan")
 
 
