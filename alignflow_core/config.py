@@ -126,10 +126,14 @@ class Network:
 
 @dataclass(frozen=True)
 class Training:
-    """The training loop of a network."""
+    """The training loop of a network.
+
+    ``optimiser: muon`` steps matrices by Muon at ten times ``lr`` (``flow/muon.py``), everything else by AdamW as ``adamw`` does.
+    """
 
     steps: int = 1500
     batch: int = 16
+    optimiser: str = "adamw"
     lr: float = 1e-3
     beta2: float = 0.99
     weight_decay: float = 0.01
@@ -142,6 +146,7 @@ class Training:
     def __post_init__(self) -> None:
         at_least("training.steps", self.steps, 1)
         at_least("training.batch", self.batch, 1)
+        one_of("training.optimiser", self.optimiser, ("adamw", "muon"))
         positive("training.lr", self.lr)
         between("training.ema", self.ema, 0.0, 1.0)
 

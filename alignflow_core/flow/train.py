@@ -1,4 +1,4 @@
-"""The one training loop: AdamW, warm-up and cosine, clipping, EMA, exact resume, a stop on NaN.
+"""The one training loop: AdamW or Muon, warm-up and cosine, clipping, EMA, exact resume, a stop on NaN.
 
 On several processes (``distributed.py``) all of them run it in step, and only the first writes.
 """
@@ -18,8 +18,10 @@ from alignflow_core.checkpoint import pack_optimiser, prefixed, section, unpack_
 from alignflow_core.config import Training
 from alignflow_core.errors import StageError
 from alignflow_core.flow.ema import Ema
+from alignflow_core.flow.muon import Muon, is_matrix
 from alignflow_core.state import ensure_space, load_state, save_state
 
+MUON_RATE = 10.0  # a step of Muon has a size of its own, some ten times that of AdamW
 SAVES = 12  # three saves at once, each of weights, their average and two moments
 
 Log = Callable[[dict[str, float], int], None]
@@ -42,24 +44,25 @@ def train(model: nn.Module, step: Callable[[int], dict[str, float]], training: T
         InputError: too little space on the disk to begin.
     """
     ensure_space(state_file.parent, SAVES * sum(p.numel() * p.element_size() for p in model.parameters()))
-    optimiser = torch.optim.AdamW(model.parameters(), lr=training.lr, betas=(0.9, training.beta2),
-                                  weight_decay=training.weight_decay, fused=True)
+    optimisers = _optimisers(model, training)
     ema, extra = Ema(unwrap(model), training.ema), {} if extra is None else extra
-    done, ended = _restore(state_file, model, optimiser, ema, extra)
+    done, ended = _restore(state_file, model, optimisers, ema, extra)
     if distributed.largest(done) != done:
         raise StageError(f"{state_file}: read by some processes only; all need the same project folder")
     with _held_signals() as caught:
         while done < training.steps and not ended:
-            for group in optimiser.param_groups:
-                group["lr"] = training.lr * schedule(done, training)
-            optimiser.zero_grad(set_to_none=True)
+            for optimiser in optimisers:
+                for group in optimiser.param_groups:
+                    group["lr"] = optimiser.defaults["lr"] * schedule(done, training)
+            model.zero_grad(set_to_none=True)
             numbers = distributed.mean(step(done))
             norm = float(nn.utils.clip_grad_norm_(model.parameters(), training.clip))
             bad = [name for name, value in {**numbers, "gradient norm": norm}.items() if not math.isfinite(value)]
             if bad:
                 raise StageError(f"step {done}: {', '.join(bad)} not finite; lower the learning rate or check the data. "
                                          f"The last good state is kept in {state_file.name}")
-            optimiser.step()
+            for optimiser in optimisers:
+                optimiser.step()
             ema.update(unwrap(model))
             done += 1
             if done % training.log_every == 0 or done == training.steps:
@@ -68,10 +71,19 @@ def train(model: nn.Module, step: Callable[[int], dict[str, float]], training: T
             progress(done, training.steps, " ".join(f"{k}={v:.4g}" for k, v in numbers.items()))
             stop = distributed.largest(caught[0] if caught else 0)
             if (ended or stop or done % training.save_every == 0) and distributed.leads():
-                _save(state_file, (done, ended), model, optimiser, ema, extra)
+                _save(state_file, (done, ended), model, optimisers, ema, extra)
             if stop:
                 raise KeyboardInterrupt if stop == signal.SIGINT else SystemExit(128 + stop)
     return ema
+
+
+def _optimisers(model: nn.Module, training: Training) -> list[torch.optim.Optimizer]:
+    """AdamW of all weights, or of those that Muon leaves to it."""
+    matrices = [p for p in model.parameters() if is_matrix(p)] if training.optimiser == "muon" else []
+    chosen = {id(p) for p in matrices}
+    adamw = torch.optim.AdamW([p for p in model.parameters() if id(p) not in chosen], lr=training.lr, betas=(0.9, training.beta2),
+                              weight_decay=training.weight_decay, fused=True)
+    return [adamw, Muon(matrices, MUON_RATE * training.lr, weight_decay=training.weight_decay)] if matrices else [adamw]
 
 
 def schedule(done: int, training: Training) -> float:
@@ -97,18 +109,21 @@ def _held_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _save(file: Path, done: tuple[int, bool], model: nn.Module, optimiser: torch.optim.Optimizer, ema: Ema, extra: dict[str, Tensor]) -> None:
+def _save(file: Path, done: tuple[int, bool], model: nn.Module, optimisers: list[torch.optim.Optimizer], ema: Ema,
+          extra: dict[str, Tensor]) -> None:
+    moments = {name: value for n, each in enumerate(optimisers) for name, value in prefixed(f"optimiser{n}", pack_optimiser(each)).items()}
     save_state(file, done[0], {"done": torch.tensor([*done, ema.updates]), **prefixed("model", unwrap(model).state_dict()),
-                               **prefixed("optimiser", pack_optimiser(optimiser)), **prefixed("ema", ema.shadow), **prefixed("extra", extra)})
+                               **moments, **prefixed("ema", ema.shadow), **prefixed("extra", extra)})
 
 
-def _restore(file: Path, model: nn.Module, optimiser: torch.optim.Optimizer, ema: Ema, extra: dict[str, Tensor]) -> tuple[int, bool]:
+def _restore(file: Path, model: nn.Module, optimisers: list[torch.optim.Optimizer], ema: Ema, extra: dict[str, Tensor]) -> tuple[int, bool]:
     """Put a saved state back; returns the steps done and whether training had ended; (0, False) without a state."""
     state = load_state(file)
     if not state:
         return 0, False
     unwrap(model).load_state_dict(section("model", state))
-    unpack_optimiser(optimiser, section("optimiser", state))
+    for n, each in enumerate(optimisers):
+        unpack_optimiser(each, section(f"optimiser{n}", state))
     for name, value in section("ema", state).items():
         ema.shadow[name].copy_(value)
     for name, value in section("extra", state).items():
