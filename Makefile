@@ -36,7 +36,7 @@ nightly: setup
 # The figures of docs/reliability.md, the long ones included, as a table at the end.
 reliability: setup
 	@$(BIN)/python -m pytest -n 2 -m 'nightly or not nightly' tests/test_reliability.py tests/test_hostile.py tests/test_audit.py tests/test_no_metadata.py \
-		tests/test_cancel.py tests/test_layers.py
+		tests/test_cancel.py tests/test_layers.py tests/test_mutations.py
 
 # Ratios against a peer measured in the same run; BENCH_ARGS="--json FILE" keeps them.
 # benchmarks/reward_per_second.py needs a finished run and is started by hand.
