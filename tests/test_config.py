@@ -16,6 +16,7 @@ from alignflow_core.validation import at_least, between, one_of, positive
 WHOLE: dict[str, Any] = {"source": "a", "domains": {"a": {"dir": "a"}, "b": {"dir": "b"}}, "targets": {"b": {"domain": "b"}},
                          "comparators": {"spade": {"process": "flow", "conditioner": "spade"}, "net": {}}}
 TO_MOMENTS = {"targets.b.references.file": "b.safetensors", "targets.b.align.rounds": 1, "targets.b.align.recolour": False}
+PRIVATE = {"targets.b.align.privacy.epsilon": 8.0, "targets.b.align.recolour": False}
 
 # The rule's key, as the source has it -> the place of a value that breaks it, and the value.
 RANGES: dict[str, tuple[str, Any]] = {
@@ -64,6 +65,14 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "denoising moments": (TO_MOMENTS | {"targets.b.align.denoise": "references"}, "set align.denoise=source"),
     "colours of moments": (TO_MOMENTS | {"targets.b.align.recolour": True}, "set align.recolour=false"),
     "rounds of moments": (TO_MOMENTS | {"targets.b.align.rounds": 2}, "set align.rounds=1"),
+    "privacy of moments": (TO_MOMENTS | PRIVATE, "align.privacy.epsilon: references.file holds moments"),
+    "no budget": ({"targets.b.align.privacy.epsilon": 0.0}, "align.privacy.epsilon: must be above 0"),
+    "a promise that never holds": ({"targets.b.align.privacy.delta": 1.0}, "align.privacy.delta: must be between 0 and 1"),
+    "a promise without noise": ({"targets.b.align.privacy.delta": 0.0}, "align.privacy.delta: must be between 0 and 1"),
+    "colours of private references": (PRIVATE | {"targets.b.align.recolour": True}, "align.recolour: must be false with align.privacy.epsilon"),
+    "an encoder of private references": (PRIVATE | {"targets.b.align.encoder": "ssl"}, "align.encoder: 'ssl' is trained on the references"),
+    "distance of all private references": (PRIVATE | {"targets.b.align.reward": "mmd"}, "align.reward: 'mmd' is of all references together"),
+    "privacy of nothing": (PRIVATE | {"targets.b.align.rho": 0}, "align.privacy.epsilon has nothing to protect"),
     "two shares": ({"data.target_split": [0.5, 0.5]}, "data.target_split: must be"),
     "negative share": ({"data.target_split": [1.2, -0.2, 0.0]}, "data.target_split: needs three shares"),
     "shares of more than all": ({"data.source_split": [0.7, 0.2, 0.2]}, "data.source_split: needs three shares"),
@@ -118,6 +127,7 @@ def refusal(changes: dict[str, Any]) -> str:
 
 def test_the_whole_configuration_is_fine() -> None:
     assert build_project(changed({})).targets["b"].domain == "b" and build_project(changed(TO_MOMENTS)).targets["b"].references.file
+    assert build_project(changed(PRIVATE)).targets["b"].align.privacy.epsilon == 8
     assert build_project(changed({"filter.outlier_limit": "1e-3"})).filter.outlier_limit == 0.001, "YAML 1.1 reads it as text"
 
 
