@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(line(row), flush=True)
                 rows.append(row)
     if options.json:
-        options.json.write_text(json.dumps([row.record() for row in rows], indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps([row.record() for row in rows], indent=1, allow_nan=False) + "\n", encoding="utf-8")
     print(f"{sum(row.ok for row in rows)} of {len(rows)} rows reach their bar")
     return 0
 
