@@ -208,7 +208,7 @@ def _rows(table: pd.DataFrame, shares: dict[str, float]) -> list[dict[str, Any]]
 def _headline(table: pd.DataFrame, shares: dict[str, float], facts: dict[str, Any]) -> dict[str, Any]:
     """What was gained, in numbers: verb chosen by the interval, never by the mean."""
     dice = table[table["metric"] == "dice"]
-    arm = next((arm for arm in ("aligned+filtered", "aligned") if arm in set(dice["arm"])), None)
+    arm = next((arm for arm in ("aligned+filtered", "aligned+filtered+colour", "aligned") if arm in set(dice["arm"])), None)
     if arm is None:
         return {}
     versus = {row["baseline"]: row for row in dice[(dice["arm"] == arm) & dice["difference"].notna()].to_dict("records")}

@@ -25,6 +25,7 @@ RANGES: dict[str, tuple[str, Any]] = {
     "references.count": ("targets.b.references.count", 0), "references.held_out_fraction": ("targets.b.references.held_out_fraction", 0.95),
     "training.steps": ("image_flow.training.steps", 0), "training.batch": ("labeller.training.batch", 0),
     "training.lr": ("segment.training.lr", 0), "training.ema": ("mask_flow.training.ema", 1.5),
+    "training.optimiser": ("image_flow.training.optimiser", "sgd"),
     "image_flow.coupling": ("image_flow.coupling", "ot"),
     "comparators: process": ("comparators.net.process", "gan"), "comparators: conditioner": ("comparators.net.conditioner", "film"),
     "comparators: objective": ("comparators.net.objective", "gan"), "comparators: n_steps": ("comparators.net.n_steps", 1),
