@@ -149,7 +149,7 @@ class _Alignment:
 
         def record(model: nn.Module, done: int) -> None:
             seen = look(model)
-            context.log({name: value for name, value in seen.items() if not math.isnan(value)}, first + done)
+            context.log({name: seen[name] for name in (*(() if self.private else ("held_out_reward", "reward")), *self._ratios())}, first + done)
             row = torch.tensor([[first + done, number, *(seen[name] for name in COLUMNS[2:])]], dtype=torch.float64)
             state["looks"] = torch.cat([state["looks"], row])
 
@@ -358,11 +358,16 @@ class _Alignment:
         return [self.objective.known([Moments(n, f[0], torch.ones_like(f[0])) if len(f) else None for f in features]) for features in alone]
 
     def _private(self) -> PrivateSum | None:
-        """Keeper of the privacy budget, if there is one; its noise is new whenever anything that the weights depend on is."""
+        """Keeper of the privacy budget, if there is one; its noise is new whenever anything that the weights depend on is.
+
+        What the references are, which of them are aligned to and how they are labelled counts above all: of two runs with the same noise the
+        difference would show what differs.
+        """
         if self.settings.privacy.epsilon is None:
             return None
-        said = repr((self.settings, self.config.seed, self.context.key)).encode()
-        images = [each.tobytes() for each in (self.source.images, self.source.labels, self.references.images)]
+        said = repr((self.settings, self.flow, self.task, self.config.machine, self.config.seed, self.context.key)).encode()
+        masks = () if self.references.masks is None else (self.references.masks,)
+        images = [each.tobytes() for each in (self.source.images, self.source.labels, self.references.images, self.aligning, *masks)]
         networks = [(self.inputs[name] / "weights.safetensors").read_bytes() for name in ("image_flow", "labeller")]
         return PrivateSum(self.settings.privacy, self.settings.training.steps, salt(said, *images, *networks))
 

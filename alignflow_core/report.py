@@ -37,6 +37,7 @@ ARM_WORDS = {
 }
 METRIC_WORDS = {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (px)", "cdr_error": "CDR error"}
 SEGMENTER_METRICS = ("dice", "iou")
+OURS = ("aligned+filtered", "aligned+filtered+colour", "aligned")  # the first that was asked for stands for the method
 MEMBERSHIP_WORDS = {"source_stage1": ("source training images", "stage 1"), "source_aligned": ("source training images", "the aligned model"),
                     "references": ("references", "the aligned model")}
 DISTANCE_METRICS = {"kid": "KID ↓", "cmmd": "CMMD ↓", "fid": "FID ↓", "precision": "precision ↑", "recall": "recall ↑", "density": "density ↑",
@@ -168,7 +169,7 @@ def _ablations(targets: list[str], variants: list[str], config: SimpleNamespace,
         for name in names:
             dice = comparison.query("target == @name and metric == 'dice' and baseline == 'stage1'").set_index("arm")
             numbers, gates = read_json(inputs[f"evaluate:{name}"] / "metrics.json"), read_json(inputs[f"align:{name}"] / "metrics.json")
-            arm = next((a for a in ("aligned+filtered", "aligned") if a in dice.index), None)
+            arm = next((a for a in OURS if a in dice.index), None)
             if arm is None:
                 continue
             row: dict[str, Any] = {str(column): value for column, value in dice.loc[arm].items()}
@@ -208,7 +209,7 @@ def _rows(table: pd.DataFrame, shares: dict[str, float]) -> list[dict[str, Any]]
 def _headline(table: pd.DataFrame, shares: dict[str, float], facts: dict[str, Any]) -> dict[str, Any]:
     """What was gained, in numbers: verb chosen by the interval, never by the mean."""
     dice = table[table["metric"] == "dice"]
-    arm = next((arm for arm in ("aligned+filtered", "aligned+filtered+colour", "aligned") if arm in set(dice["arm"])), None)
+    arm = next((arm for arm in OURS if arm in set(dice["arm"])), None)
     if arm is None:
         return {}
     versus = {row["baseline"]: row for row in dice[(dice["arm"] == arm) & dice["difference"].notna()].to_dict("records")}

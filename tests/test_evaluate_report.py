@@ -297,6 +297,14 @@ def test_ablations_say_what_was_changed_and_by_how_much(project: Path, compared:
     assert report._ablations(["amber"], [], SimpleNamespace(targets=targets), inputs, comparison) == []
 
 
+def test_report_where_no_aligned_arm_was_asked_for(project: Path, compared: Path, monkeypatch: pytest.MonkeyPatch):
+    table = pd.read_parquet(compared / "comparison.parquet")
+    table = table[(table["segmenter"] == "unet") & (table["target"] == "amber")]
+    assert report._headline(table[table["arm"] == "source"], {}, {}) == {}
+    monkeypatch.setattr(report, "_headline", lambda *_: {})
+    assert "Target amber" in (build(project, "report", report.run, None, REPORT_INPUTS) / "index.html").read_text()
+
+
 def test_report_escapes_names(project: Path, compared: Path):
     template = report._environment().from_string("{{ name }}")
     assert template.render(name="<b>") == "&lt;b&gt;"

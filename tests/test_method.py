@@ -187,6 +187,27 @@ def test_with_a_budget_nothing_but_the_noised_gradients_sees_the_references(buil
     assert read_json(tmp_path / "aligning out" / "config.json")["privacy"] == verdict["privacy"]
 
 
+def test_noise_of_a_budget_is_new_for_other_references_roles_labels_and_settings(built: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("opacus", reason="the extra 'dp' is not installed")
+    private = dataclasses.replace(CONFIG.align, **PRIVATE)
+    references = read_pairs(built["references"])
+    flipped = references.labels[:, ::-1].copy()
+    roles = references.table.assign(role=references.table["role"].replace({"align": "held_out", "held_out": "align"}))
+    sets = {"given": references, "other images": dataclasses.replace(references, images=references.images[:, ::-1].copy()),
+            "other labels": dataclasses.replace(references, masks=flipped), "other roles": dataclasses.replace(references, table=roles)}
+    salts = {}
+    for name, pairs in sets.items():
+        (tmp_path / name).mkdir()
+        write_pairs(tmp_path / name, pairs)
+        for lr in (1e-3, 2e-3) if name == "given" else (1e-3,):
+            settings = dataclasses.replace(private, training=dataclasses.replace(private.training, lr=lr))
+            config = SimpleNamespace(**{**vars(CONFIG), "align": settings})
+            keeper = align._Alignment(config, {**built, "references": tmp_path / name}, context(tmp_path / "work", "clinic")).private
+            assert keeper is not None
+            salts[name, lr] = keeper.salt
+    assert len(set(salts.values())) == len(salts) == 5
+
+
 def test_filter_refuses_a_pair_whose_image_ignores_its_mask(built: dict[str, Path], tmp_path: Path) -> None:
     pairs = discs(60, (50, 60, 130), 7)
     masks = np.array(pairs.labels)
