@@ -26,17 +26,22 @@ def main(command: list[str]) -> int:
     if sys.platform == "linux":  # who loses its parent becomes ours instead of the system's, in whatever session it is
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    threading.Thread(target=stop_with_caller, daemon=True).start()
+    stopping = threading.Event()
+    stopper = threading.Thread(target=stop_with_caller, args=(stopping,), daemon=True)
+    stopper.start()
     code = process.wait()
+    if stopping.is_set():  # who stops may have collected the command first, and its code reads 0: to leave now would spare the rest
+        stopper.join()
     if code:
-        stop_descendants()  # what was killed leaves its own children behind; what stops with the caller ends the process here
+        stop_descendants()  # what was killed leaves its own children behind
     return code if code >= 0 else 128 - code
 
 
-def stop_with_caller() -> None:
+def stop_with_caller(stopping: threading.Event) -> None:
     """Wait for the end of standard input, then stop everything and this process."""
     while os.read(sys.stdin.fileno(), 1):
         pass
+    stopping.set()
     stop_descendants()
     os._exit(STOPPED)
 
