@@ -2,18 +2,17 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from alignflow_core.artifact import open_array, read_json, write_json
 from alignflow_core.config import Task
 from alignflow_core.errors import InputError
-from alignflow_core.folders import Case, Listing, check_folder, group_files
-from alignflow_core.readers import ReadError, read_image, read_mask
+from alignflow_core.folders import Case, Keep, check_folder, group_files
+from alignflow_core.readers import Picture, resize_classes
 from alignflow_core.site_key import VARIABLE, key_check, key_file, pseudonym
 
 if TYPE_CHECKING:
@@ -57,21 +56,21 @@ def run_data(config: Any, inputs: Mapping[str, Path], out_dir: Path, context: An
     """Stage ``data``: one domain's folder -> ``images.npy``, ``masks.npy``, ``manifest.parquet`` at the working size.
 
     File names and groups appear as keyed hashes alone (``site_key.py``), in the order of the names.
-    Pixels are written case by case; memory does not grow with their number.
+    Every file is read once, checked, and its pixels written; memory does not grow with their number.
     """
-
-    folder = context.root / config.domain.dir
-    listing = check_folder(folder, config.task, root=context.root, progress=context.progress)
+    with _arrays(config.task, config.data.size, out_dir) as (keep, pixels):
+        listing = check_folder(context.root / config.domain.dir, config.task, root=context.root, progress=context.progress,
+                               size=config.data.size, keep=keep)
     shares = config.data.source_split if context.key == config.source else config.data.target_split
     split_of = split_groups([case.group for case in listing.cases], shares, config.data.seed, context.key)
-    area = _write_arrays(listing, config.task, config.data.size, out_dir, context.progress)
     table = _table(listing.cases, context.key)
     table.insert(3, "split", [split_of[case.group] for case in listing.cases])
     table.insert(5, "mask_sha256", [case.mask_sha256 for case in listing.cases])
     table.to_parquet(out_dir / "manifest.parquet", index=False)
     write_json(out_dir / KEY_FILE, {"key_check": key_check()})
     counts = table["split"].value_counts()
-    return {f"n_{split}": float(counts.get(split, 0)) for split in SPLITS} | {f"area_{name}": share for name, share in area.items()} | {
+    sizes = {f"n_{split}": float(counts.get(split, 0)) for split in SPLITS}
+    return sizes | {f"area_{name}": share for name, share in _areas(pixels, config.task).items()} | {
         "n_groups": float(table["group"].nunique()), "n_empty_masks": float(len(listing.empty_masks))}
 
 
@@ -105,18 +104,19 @@ def run_references(config: Any, inputs: Mapping[str, Path], out_dir: Path, conte
             np.save(out_dir / name, np.load(inputs["data:target"] / name, mmap_mode="r")[drawn])
         labelled, places = True, [f"{domain}: case {case}" for case in table["case_id"]]
     else:
-        listing = check_folder(context.root / wanted.dir, config.task, labelled=False, root=context.root)
-        cases = [listing.cases[i] for i in in_drawn_order([case.stem for case in listing.cases], wanted.seed)]
+        with _arrays(config.task, config.data.size, out_dir) as (keep, _):
+            listing = check_folder(context.root / wanted.dir, config.task, labelled=False, root=context.root, size=config.data.size, keep=keep)
+        order = in_drawn_order([case.stem for case in listing.cases], wanted.seed)
+        for file in out_dir.glob("*.npy"):
+            np.save(file, np.load(file)[order])
+        cases = [listing.cases[i] for i in order]
         known = dict(zip(manifest["case_id"], manifest["group"], strict=True))
         own_groups = bool(group_files(listing.folder))
-        listing = replace(listing, cases=tuple(cases))
         table = _table(cases, domain)
         if not own_groups:
             table["group"] = [known.get(case, group) for case, group in zip(table["case_id"], table["group"], strict=True)]
         labelled, places = listing.labelled, [str(listing.folder / case.image_file) for case in cases]
     _refuse_test_images(table, places, manifest[manifest["split"] == "test"], domain)
-    if wanted.dir is not None:
-        _write_arrays(listing, config.task, config.data.size, out_dir, context.progress)
     table = table.assign(role=roles(len(table), wanted.held_out_fraction), labelled=labelled)
     table[[*REFERENCE_COLUMNS]].to_parquet(out_dir / "manifest.parquet", index=False)
     n_held_out = int((table["role"] == "held_out").sum())
@@ -166,31 +166,35 @@ def _refuse_other_key(folder: Path) -> None:
                          "or remove the folder to build it again")
 
 
-def _write_arrays(listing: Listing, task: Task, size: int, out_dir: Path, progress: Callable[[int, int, str], None]) -> dict[str, float]:
-    """Resized pixels of the cases, in their order: ``images.npy`` [N, size, size, 3] and, if labelled, ``masks.npy`` [N, size, size].
+@contextlib.contextmanager
+def _arrays(task: Task, size: int, out_dir: Path) -> Iterator[tuple[Keep, np.ndarray]]:
+    """What keeps the pixels of a folder while it is checked: ``images.npy`` [N, size, size, 3] and, if labelled, ``masks.npy`` [N, size, size].
 
-    Returns:
-        Share of all pixels by class; zeros where unlabelled.
+    Yields:
+        the keeper, and how many pixels of each class it has kept, [C + 1].
     """
-    n, n_classes = len(listing.cases), len(task.classes)
-    counts = np.zeros(n_classes + 1, np.int64)
+    counts = np.zeros(len(task.classes) + 1, np.int64)
     with contextlib.ExitStack() as files:
-        images = files.enter_context(open_array(out_dir / "images.npy", (n, size, size, 3)))
-        masks = files.enter_context(open_array(out_dir / "masks.npy", (n, size, size))) if listing.labelled else None
-        for done, case in enumerate(listing.cases, 1):
-            try:
-                image = read_image(listing.folder / case.image_file, listing.root, size)
-                mask = read_mask(listing.folder / case.mask_file, listing.root, task, size) if masks else None
-            except ReadError as error:
-                raise InputError(f"{listing.folder / case.image_file}: changed since it was checked ({error}); run again") from error
-            if (image.sha256, mask.sha256 if mask else "") != (case.image_sha256, case.mask_sha256):
-                raise InputError(f"{listing.folder / case.image_file}: it or its mask changed since it was checked; run again")
-            images.write(image.pixels.tobytes())
-            if masks and mask:
-                masks.write(mask.pixels.tobytes())
-                counts += np.bincount(mask.pixels.ravel(), minlength=n_classes + 1)
-            progress(done, n, "resized")
-    return {name: float(counts[k:].sum() if task.nested else counts[k]) / (n * size * size) for k, name in enumerate(task.classes, 1)}
+        streams: dict[str, IO[bytes]] = {}
+
+        def write(name: str, pixels: np.ndarray, n: int) -> None:
+            if name not in streams:
+                streams[name] = files.enter_context(open_array(out_dir / name, (n, *pixels.shape)))
+            streams[name].write(pixels.tobytes())
+
+        def keep(n: int, image: Picture, mask: Picture | None) -> None:
+            write("images.npy", image.pixels, n)
+            if mask is not None:
+                classes = resize_classes(mask.pixels, task, size)
+                write("masks.npy", classes, n)
+                counts[:] += np.bincount(classes.ravel(), minlength=len(counts))
+
+        yield keep, counts
+
+
+def _areas(counts: np.ndarray, task: Task) -> dict[str, float]:
+    """Share of all pixels by class, of nested classes with those inside."""
+    return {name: float(counts[k:].sum() if task.nested else counts[k]) / max(1, counts.sum()) for k, name in enumerate(task.classes, 1)}
 
 
 def _refuse_test_images(table: "pd.DataFrame", places: Sequence[str], test: "pd.DataFrame", domain: str) -> None:

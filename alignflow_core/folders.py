@@ -16,8 +16,12 @@ from alignflow_core.errors import InputError
 from alignflow_core.readers import SUFFIXES, Picture, ReadError, read_bytes, read_image, read_mask
 
 GROUP_FILES = ("groups.csv", "sequences.csv")
-CHECK_SIZE = 64  # the check decodes every image, large JPEGs at reduced scale
+CHECK_SIZE = 64  # a check that keeps nothing decodes every image too, large JPEGs at reduced scale
 IGNORED = ("thumbs.db", "desktop.ini")  # and names with a leading dot
+
+
+# Takes the number of images of the folder, one of them at the size asked for, and its mask at full size where there is one.
+Keep = Callable[[int, Picture, Picture | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +55,15 @@ class Listing:
 
 
 def check_folder(folder: Path, task: Task, labelled: bool = True, root: Path | None = None,
-                 progress: Callable[[int, int, str], None] = lambda done, total, note: None) -> Listing:
-    """Open every file of a folder of pairs or references; writes nothing.
+                 progress: Callable[[int, int, str], None] = lambda done, total, note: None, size: int = CHECK_SIZE,
+                 keep: Keep = lambda n, image, mask: None) -> Listing:
+    """Open every file of a folder of pairs or references, each once; writes nothing.
 
     Args:
         folder: has ``images/`` and ``masks/``. With ``labelled=False``, ``masks/`` may be missing and the images may lie in the folder itself.
         root: folder that links may not lead out of; the folder itself if not given.
+        size: side in pixels at which images are decoded.
+        keep: is called with every case that can be read, in the order of the cases; what it kept is whole only if no problem is raised.
 
     Returns:
         The cases sorted by stem. Files with equal bytes share a group.
@@ -85,7 +92,7 @@ def check_folder(folder: Path, task: Task, labelled: bool = True, root: Path | N
     groups = _read_groups(folder, root, images, problems)
     cases = []
     for done, (stem, image_file) in enumerate(sorted(images.items()), 1):
-        image = _try(problems, image_file, read_image, image_file, root, CHECK_SIZE)
+        image = _try(problems, image_file, read_image, image_file, root, size)
         mask = _try(problems, masks[stem], read_mask, masks[stem], root, task) if stem in masks else None
         if image and mask and (image.width, image.height) != (mask.width, mask.height):
             problems.append(f"{masks[stem]}: is {mask.width}x{mask.height}, its image {image_file.name} is {image.width}x{image.height}; "
@@ -94,6 +101,7 @@ def check_folder(folder: Path, task: Task, labelled: bool = True, root: Path | N
             cases.append(Case(stem, image_file.relative_to(folder).as_posix(), masks[stem].relative_to(folder).as_posix() if mask else "",
                               groups.get(stem, stem), image.width, image.height, image.sha256, mask.sha256 if mask else "",
                               mask is not None and not mask.pixels.any()))
+            keep(len(images), image, mask)
         progress(done, len(images), "checked")
     if labelled and cases and all(case.empty for case in cases):
         problems.append(f"{mask_dir}: no mask has any foreground when read as task '{task.name}'; "

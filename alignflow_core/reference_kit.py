@@ -20,10 +20,9 @@ from alignflow_core.checkpoint import load_tensors, save_tensors
 from alignflow_core.config import Machine, Project, References, Target, Task
 from alignflow_core.devices import prepare
 from alignflow_core.errors import InputError
-from alignflow_core.folders import Listing, check_folder
+from alignflow_core.folders import check_folder
 from alignflow_core.networks.segmenters import load_segmenter
 from alignflow_core.pairs import read_pairs, to_unit
-from alignflow_core.readers import ReadError, read_image
 from alignflow_core.reference_instrument import instrument_of, probe_features, same_probe
 from alignflow_core.reference_moments import LEAST_IMAGES, ReferenceMoments, write_moments
 from alignflow_core.reference_roles import ROLES, in_drawn_order, roles
@@ -153,12 +152,14 @@ def apply_kit(kit: Path, images: Path, out: Path, progress: Callable[[int, int, 
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{kit}: cannot be used ({' '.join(str(error).split())[:200]}); ask for the kit again, or install the AlignFlow "
                          f"that made it ({facts.get('alignflow')})") from error
-    listing = check_folder(images, task, labelled=False, progress=progress)
+    pictures: list[np.ndarray] = []
+    listing = check_folder(images, task, labelled=False, progress=progress, size=facts["instrument"]["size"],
+                           keep=lambda n, image, mask: pictures.append(image.pixels))
     different = len({case.image_sha256 for case in listing.cases})
     if different < LEAST_IMAGES:
         raise InputError(f"{images}: has {different} different images, and moments of fewer than {LEAST_IMAGES} say too much about each; add images")
     order = in_drawn_order([case.stem for case in listing.cases], split.seed)
-    pixels = to_unit(_pixels(listing, order, facts["instrument"]["size"]))
+    pixels = to_unit(np.stack([pictures[i] for i in order]))
     membership = pixels.new_zeros(len(pixels), 0, *pixels.shape[2:]) if labeller is None else \
         regions.from_segmenter(labeller, pixels, task, facts["instrument"]["confidence"])
     role = np.array(roles(len(order), split.held_out_fraction))
@@ -213,17 +214,6 @@ def _instrument(kit: Path, instrument: Mapping[str, Any], device: torch.device) 
     if not same_probe([stored[f"probe/{i}"] for i in range(len(moments))], probe_features(encoder, instrument["size"], device)):
         raise ValueError("its encoder gives other features here than where the kit was made")
     return encoder, None if instrument["labeller"] is None else load_segmenter(kit / "labeller", device)
-
-
-def _pixels(listing: Listing, order: list[int], size: int) -> np.ndarray:
-    """The images at the working size, uint8 [n, size, size, 3], in this order."""
-    found = []
-    for case in (listing.cases[i] for i in order):
-        try:
-            found.append(read_image(listing.folder / case.image_file, listing.root, size).pixels)
-        except ReadError as error:
-            raise InputError(f"{listing.folder / case.image_file}: changed since it was checked ({error}); run again") from error
-    return np.stack(found)
 
 
 def summary(known: ReferenceMoments) -> list[str]:

@@ -14,23 +14,23 @@ NAME = f"ingest of a {SIDE}² JPEG to {SIZE}²"
 
 
 def rows() -> Iterator[Row | Skipped]:
-    """A single reading, and both passes of stage ``data``: everything is checked before anything is written."""
+    """A reading alone, and all that stage ``data`` does with a file: it is read once, its pixels written while the rest is still being checked."""
     import torch
 
     from alignflow_core.config import Task
-    from alignflow_core.data import _write_arrays
+    from alignflow_core.data import _arrays
     from alignflow_core.folders import check_folder
     from alignflow_core.readers import read_image
 
     torch.set_num_threads(1)
-    names = {"read": f"{NAME}, against MONAI", "stage": f"{NAME}, both passes of stage data, against MONAI"}
+    names = {"read": f"{NAME}, against MONAI", "stage": f"{NAME}, with all of stage data, against MONAI"}
     why = missing("monai")
     if why:
         yield from (Skipped(name, why) for name in names.values())
         return
     from monai.transforms import Compose, LoadImage, Resize
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as written:
         root = Path(folder)
         files = photographs(root)
         theirs = Compose([LoadImage(image_only=True, ensure_channel_first=True), Resize((SIZE, SIZE))])
@@ -38,13 +38,13 @@ def rows() -> Iterator[Row | Skipped]:
         assert np.abs(ours.astype(float) - peer).mean() < 3, "not the same picture"
 
         def stage() -> None:
-            _write_arrays(check_folder(root, Task(), labelled=False), Task(), SIZE, root, lambda done, total, note: None)
-            (root / "images.npy").unlink()
+            with _arrays(Task(), SIZE, Path(written)) as (keep, _):
+                check_folder(root, Task(), labelled=False, size=SIZE, keep=keep)
 
-        once, both, peers = ([seconds / N for seconds in taken] for taken in in_turn(
+        once, whole, peers = ([seconds / N for seconds in taken] for taken in in_turn(
             REPEATS, lambda: [read_image(file, root, SIZE) for file in files], stage, lambda: [theirs(file) for file in files]))
     yield compare(names["read"], once, peers, "s", 0.2)
-    yield compare(names["stage"], both, peers, "s", 0.2)
+    yield compare(names["stage"], whole, peers, "s", 0.2)
 
 
 def photographs(folder: Path) -> list[Path]:

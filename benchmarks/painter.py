@@ -32,17 +32,15 @@ def phantom(first: int, n: int, size: int) -> Pictures:
 class Learner:
     """A velocity model in training. Step i draws the same batch, noise and times for every model."""
 
-    def __init__(self, model: Any, pictures: Pictures, batch: int, seed: int = 0, warm_up: int = 20) -> None:
-        import torch
-
-        from alignflow_core.config import ImageFlow
+    def __init__(self, model: Any, pictures: Pictures, batch: int, seed: int = 0, warm_up: int = 20, **training: Any) -> None:
+        """``training``: settings of :class:`~alignflow_core.config.Training` other than its defaults."""
+        from alignflow_core.config import ImageFlow, Training
         from alignflow_core.flow.ema import Ema
+        from alignflow_core.flow.train import build_optimisers
 
         self.model, self.pictures, self.batch, self.seed, self.warm_up = model, pictures, batch, seed, warm_up
-        self.settings = ImageFlow()
-        training = self.settings.training
-        self.optimiser = torch.optim.AdamW(model.parameters(), lr=training.lr, betas=(0.9, training.beta2),
-                                           weight_decay=training.weight_decay, fused=True)
+        self.settings = ImageFlow(training=Training(**training))
+        self.optimisers = build_optimisers(model, self.settings.training)
         self.ema = Ema(model, 0.95)  # of a short training
 
     def step(self, i: int) -> None:
@@ -52,14 +50,16 @@ class Learner:
         from alignflow_core.flow.loss import flow_matching_loss
         from alignflow_core.seeding import generator
 
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.settings.training.lr * min(1.0, (i + 1) / self.warm_up)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = optimiser.defaults["lr"] * min(1.0, (i + 1) / self.warm_up)
         draw = generator(self.seed, "benchmark", i)
         x1, cond = training_batch(self.pictures.x1, self.pictures.cond, self.batch, True, draw)
-        self.optimiser.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         flow_matching_loss(self.model, x1, cond, self.settings.times, draw, condition_dropout=self.settings.condition_dropout).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.training.clip)
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            optimiser.step()
         self.ema.update(self.model)
 
     def held_out_loss(self, pictures: Pictures, draws: int = 4) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from PIL import Image
@@ -293,8 +294,6 @@ def project(folder: Path) -> Path:
 
 
 def _stems(root: Path, split: str) -> list[str]:
-    import pandas as pd
-
     table = pd.read_parquet(root / "artifacts/data/there/manifest.parquet")
     stems = {case_id("there", file.stem): file.stem for file in (root / "there/images").iterdir()}
     return sorted(stems[case] for case in table.loc[table["split"] == split, "case_id"])
@@ -323,17 +322,34 @@ def test_training_images_of_the_domain_may_be_references(project: Path) -> None:
     assert run_stage(project, "references", "there", quiet=True)
 
 
-@pytest.mark.parametrize("kind", ["gone", "image", "mask"])
-def test_files_that_change_after_the_check(kind: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def checked(*arguments: Any, **named: Any) -> Any:
-        listing = check_folder(*arguments, **named)
-        file = project / "there" / ("masks/a3.png" if kind == "mask" else "images/a3.png")
-        file.unlink() if kind == "gone" else save(128, file)
-        return listing
+def test_every_file_is_read_once(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is what was checked and hashed, whatever happens to the file meanwhile."""
+    opened: list[str] = []
 
-    monkeypatch.setattr("alignflow_core.data.check_folder", checked)
-    with pytest.raises(InputError, match=r"a3\.png: (it or its mask )?changed since it was checked"):
-        run_stage(project, "data", "there", quiet=True)
+    def read(file: Path, root: Path) -> bytes:
+        opened.append(file.name)
+        return read_bytes(file, root)
+
+    monkeypatch.setattr("alignflow_core.readers.read_bytes", read)
+    run_stage(project, "data", "there", quiet=True)
+    assert len(opened) == 2 * len(list((project / "there/images").iterdir()))
+    opened.clear()
+    run_stage(project, "references", "there", quiet=True)
+    assert sorted(opened) == sorted(file.name for file in (project / "refs").glob("*.png"))
+
+
+def test_references_of_a_folder_are_in_a_drawn_order(project: Path) -> None:
+    for number in range(4):
+        save(210 + number, project / f"refs/more{number}.png")
+    run_stage(project, "data", "there", quiet=True)
+    run_stage(project, "references", "there", quiet=True)
+    written = np.load(project / "artifacts/references/there/images.npy")
+    table = pd.read_parquet(project / "artifacts/references/there/manifest.parquet")
+    by_name = [read_image(file, project, written.shape[1]) for file in sorted((project / "refs").glob("*.png"))]
+    pictures = {each.sha256: each.pixels for each in by_name}
+    assert list(table["image_sha256"]) != list(pictures) and len(table) == len(pictures) == 5
+    for row, sha256 in zip(written, table["image_sha256"], strict=True):
+        assert (row == pictures[sha256]).all()
 
 
 def test_more_references_than_training_images(project: Path) -> None:

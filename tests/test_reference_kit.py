@@ -200,17 +200,6 @@ def test_fewer_than_five_different_images_are_refused(kit: Path, images: Path, t
     assert main(["reference-moments", str(kit), str(five), "--out", str(tmp_path / "m.safetensors")]) == 2  # nothing is overwritten
 
 
-def test_an_image_that_changes_after_the_check(kit: Path, images: Path, tmp_path: Path) -> None:
-    folder = few(images, 6, tmp_path / "images")
-
-    def spoil(done: int, total: int, note: str) -> None:
-        if done == total:
-            next(folder.iterdir()).write_bytes(b"no picture")
-
-    with pytest.raises(InputError, match="changed since it was checked"):
-        apply_kit(kit, folder, tmp_path / "m.safetensors", spoil)
-
-
 def test_every_bad_image_is_named(kit: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = few(images, 6, tmp_path / "images")
     for name in ("bad1.png", "bad2.png"):

@@ -44,7 +44,7 @@ def train(model: nn.Module, step: Callable[[int], dict[str, float]], training: T
         InputError: too little space on the disk to begin.
     """
     ensure_space(state_file.parent, SAVES * sum(p.numel() * p.element_size() for p in model.parameters()))
-    optimisers = _optimisers(model, training)
+    optimisers = build_optimisers(model, training)
     ema, extra = Ema(unwrap(model), training.ema), {} if extra is None else extra
     done, ended = _restore(state_file, model, optimisers, ema, extra)
     if distributed.largest(done) != done:
@@ -77,7 +77,7 @@ def train(model: nn.Module, step: Callable[[int], dict[str, float]], training: T
     return ema
 
 
-def _optimisers(model: nn.Module, training: Training) -> list[torch.optim.Optimizer]:
+def build_optimisers(model: nn.Module, training: Training) -> list[torch.optim.Optimizer]:
     """AdamW of all weights, or of those that Muon leaves to it."""
     matrices = [p for p in model.parameters() if is_matrix(p)] if training.optimiser == "muon" else []
     chosen = {id(p) for p in matrices}

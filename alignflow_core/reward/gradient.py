@@ -67,7 +67,7 @@ def _roll_out(velocity_model: VelocityModel, x0: Tensor, cond: Tensor, times: Te
     with torch.no_grad():
         for t, dt in zip(times.tolist(), (times[1:] - times[:-1]).tolist()):
             inputs.append(x)
-            x = x + dt * velocity_model(x, x.new_full((len(x),), t), cond)
+            x = torch.add(x, velocity_model(x, x.new_full((len(x),), t), cond), alpha=dt)
     return inputs, x.detach().requires_grad_()
 
 
