@@ -3,7 +3,7 @@
 import re
 import typing
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -613,15 +613,29 @@ def load_project(file: Path) -> Project:
     Raises:
         InputError: missing file, broken YAML, unknown key, wrong type or value; all problems at once where possible.
     """
-    return build_project(read_params(file), str(file))
+    return _project_of(_text(file), file)
+
+
+@lru_cache(maxsize=4)  # an orchestrator asks for the same text several times a stage
+def _project_of(text: bytes, file: Path) -> Project:
+    return build_project(_plain(text, file), str(file))
 
 
 def read_params(file: Path) -> dict[str, Any]:
     """``params.yaml`` as plain data. Raises :class:`InputError` where it is not a mapping."""
+    return _plain(_text(file), file)
+
+
+def _text(file: Path) -> bytes:
     try:
-        raw = parse_yaml(file.read_text(encoding="utf-8"))
+        return file.read_bytes()
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); run 'alignflow compose' to write it") from error
+
+
+def _plain(text: bytes, file: Path) -> dict[str, Any]:
+    try:
+        raw = parse_yaml(text.decode("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not valid YAML ({' '.join(str(error).split())}); mend it or run 'alignflow compose'") from error
     if not isinstance(raw, dict):
