@@ -10,10 +10,11 @@ tunes the painter; the segmenter is then retrained on pairs of the tuned painter
 A reference set may be a file of moments alone (``reference_moments.py``): then there is one round, no recolouring, and nobody can say whether
 samples copy references.
 
-With ``privacy.epsilon`` the references reach the weights through noised gradients alone (``reward/private.py``): the gates do not look at them.
+With ``privacy.epsilon`` the references reach the weights through noised gradients alone (``align_private.py``).
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -42,10 +43,9 @@ from alignflow_core.reference_moments import MOMENTS_FILE, ReferenceMoments, rea
 from alignflow_core.reward import regions
 from alignflow_core.reward.encoders import Material, Standardised, build
 from alignflow_core.reward.gates import RATIOS, Probe, closeness, failures
-from alignflow_core.reward.gradient import SCHEMES, Rewarded, sparse_each
+from alignflow_core.reward.gradient import SCHEMES, Rewarded
 from alignflow_core.reward.moments import Moments
 from alignflow_core.reward.objective import Known, Objective, steadied
-from alignflow_core.reward.private import PrivateSum, salt
 from alignflow_core.reward.recolour import recolour, refocus, spectral_gain, spectrum
 from alignflow_core.seeding import derive_seed, generator
 from alignflow_core.segmenter_fit import Diet, fit
@@ -55,7 +55,6 @@ PROBE_REPEATS = 4
 SPECTRUM_IMAGES = 64
 COLUMNS = ("step", "round", "held_out_reward", "reward", *RATIOS)
 NO_COPY_GATE = "not measured: the references are moments, and only their images could tell whether samples copy them"
-PRIVATE_GATES = "not measured: with a privacy budget no gate may look at the references"
 
 Weights = dict[str, Tensor]
 
@@ -69,10 +68,14 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
     Raises:
         InputError: ``align.regions: labels`` without labels, an encoder without its weights, or moments of another kit.
     """
-    return _Alignment(config, inputs, context).run(out_dir)
+    if config.align.privacy.epsilon is None:
+        return Alignment(config, inputs, context).run(out_dir)
+    from alignflow_core.align_private import PrivateAlignment
+
+    return PrivateAlignment(config, inputs, context).run(out_dir)
 
 
-class _Alignment:
+class Alignment:
     """The painter, its data and its reward; one round at a time."""
 
     def __init__(self, config: Any, inputs: dict[str, Path], context: Any) -> None:
@@ -103,7 +106,6 @@ class _Alignment:
         self.objective = Objective(Standardised(encoder, self.images, self._regions(self.labels)), self.settings)
         self.probe, self.probe_labels = self._probe()
         self.given = self._given()
-        self.private = self._private()
 
     def run(self, out_dir: Path) -> dict[str, float]:
         """All rounds; see :func:`run` of the module."""
@@ -127,17 +129,13 @@ class _Alignment:
         table = pd.concat(looks, ignore_index=True)
         table["best"] = (table["round"] == n_rounds - 1) & (table["step"] == verdicts[-1]["best_step"])
         table.to_parquet(out_dir / "gates.parquet", index=False)
-        promise = {} if self.private is None else {"privacy": self.private.spent(int(self.aligning.sum()))}
-        unseen = PRIVATE_GATES if self.private else NO_COPY_GATE if self.given else None
+        promise, unseen = self._promise(), self._why_no_copy_gate()
         write_json(out_dir / "verdict.json", {"rounds": verdicts} | promise | ({"copy_gate": unseen} if unseen else {}))
         self._save(out_dir, weights, promise)
         chosen, start = table[table["best"]].iloc[0], table.iloc[0]
-        rewards = {"epsilon": promise["privacy"]["epsilon"]} if promise else {
-            "reward_before": float(start["reward"]), "reward_after": float(chosen["reward"]),
-            "held_out_before": float(start["held_out_reward"]), "held_out_after": float(chosen["held_out_reward"])}
-        return {"best_step": float(chosen["step"]), "steps": float(table["step"].iloc[-1]), "reward_weight": balance, **rewards,
-                **{name: float(chosen[name]) for name in self._ratios()}, "gate_failures": float((table["failed"] != "").sum()),
-                **self._numbers()}
+        return {"best_step": float(chosen["step"]), "steps": float(table["step"].iloc[-1]), "reward_weight": balance,
+                **self._gained(start, chosen, promise), **{name: float(chosen[name]) for name in self._ratios()},
+                "gate_failures": float((table["failed"] != "").sum()), **self._numbers()}
 
     def _round(self, number: int, first: int, steps: int, start: Weights, known: Known, balance: float,
                look: Callable[[nn.Module], dict[str, float]]) -> tuple[Weights, pd.DataFrame, dict[str, Any]]:
@@ -149,7 +147,7 @@ class _Alignment:
 
         def record(model: nn.Module, done: int) -> None:
             seen = look(model)
-            context.log({name: seen[name] for name in (*(() if self.private else ("held_out_reward", "reward")), *self._ratios())}, first + done)
+            context.log({name: seen[name] for name in (*self._rewards_told(), *self._ratios())}, first + done)
             row = torch.tensor([[first + done, number, *(seen[name] for name in COLUMNS[2:])]], dtype=torch.float64)
             state["looks"] = torch.cat([state["looks"], row])
 
@@ -159,7 +157,7 @@ class _Alignment:
             past = [state[f"queue:{n}"] for n in range(len(known))]
             if not balance:  # no reward: the denoising loss alone
                 return {"loss": loss}
-            numbers, features = self._pull_privately(draw, balance, past, first + i) if self.private else self._pull(draw, balance, known, past)
+            numbers, features = self._pull(draw, balance, known, past, first + i)
             for n, (before, now) in enumerate(zip(past, features, strict=True)):
                 joined = torch.cat([before, now])
                 state[f"queue:{n}"] = joined[max(0, len(joined) - settings.queue):]
@@ -174,7 +172,7 @@ class _Alignment:
             best, last = self._best(state["looks"]), len(state["looks"]) - 1
             if best == last:
                 state.update({f"best:{name}": value.clone() for name, value in ema.shadow.items()})
-            return self.private is None and last - best >= settings.patience
+            return last - best >= self._patience()
 
         record(self.painter, 0)
         # A later round starts near its goal: a full step size would first throw it back.
@@ -191,13 +189,17 @@ class _Alignment:
         return section("best", state), rows, verdict
 
     def _best(self, looks: Tensor) -> int:
-        """Row of the highest held-out reward among the looks that kept every gate; the round's start is always one of them.
+        """Row of the highest held-out reward among the looks that kept every gate."""
+        return max(self._kept(looks), key=lambda row: float(looks[row, COLUMNS.index("held_out_reward")]))
 
-        With a privacy budget the last of them: to choose by reward would be to look at the references.
-        """
-        kept = [row for row, seen in enumerate(looks.tolist()) if not row or not self.settings.gates.hold
+    def _kept(self, looks: Tensor) -> list[int]:
+        """Rows of the looks that kept every gate; the round's start is always one of them."""
+        return [row for row, seen in enumerate(looks.tolist()) if not row or not self.settings.gates.hold
                 or not failures(dict(zip(COLUMNS, seen, strict=True)), self.settings.gates)]
-        return kept[-1] if self.private else max(kept, key=lambda row: float(looks[row, COLUMNS.index("held_out_reward")]))
+
+    def _patience(self) -> float:
+        """Looks without a better held-out reward before a round ends."""
+        return self.settings.patience
 
     def _denoise(self, draw: torch.Generator) -> float:
         """Gradient of the denoising loss: half on source pairs, half in the target's domain on pairs in the references' colours."""
@@ -251,8 +253,8 @@ class _Alignment:
         rows = torch.randint(len(self.images), (batch,), generator=draw).to(self.device)
         return rows, torch.randn((batch, *self.images.shape[1:]), generator=draw).to(self.device)
 
-    def _pull(self, draw: torch.Generator, weight: float, known: Known, past: list[Tensor]) -> tuple[dict[str, float], list[Tensor]]:
-        """Gradient of ``weight`` times the reward of one batch, steadied by the features of earlier samples."""
+    def _pull(self, draw: torch.Generator, weight: float, known: Known, past: list[Tensor], step: int) -> tuple[dict[str, float], list[Tensor]]:
+        """Leave the gradient of ``weight`` times the reward of one batch, steadied by the features of earlier samples; numbers to log, features."""
         settings = self.settings
         rows, x0 = self._masks_and_noise(draw)
         kept: list[Tensor] = []
@@ -267,69 +269,50 @@ class _Alignment:
                                                         reward, settings.k, draw, weight)
         return {"reward": done.reward}, kept
 
-    def _pull_privately(self, draw: torch.Generator, norm: float, past: list[Tensor], step: int) -> tuple[dict[str, float], list[Tensor]]:
-        """Noised mean of the gradients of one reward per reference, each of norm ``norm``; says nothing of the rewards."""
-        rows, x0 = self._masks_and_noise(draw)
-        kept: list[Tensor] = []
-
-        def rewards(x1: Tensor) -> list[Tensor]:
-            features = self._features(x1.float(), self.labels[rows])
-            kept[:] = [f.detach() for f in features]
-            joined = steadied(features, past)
-            return [-self.objective(joined, known) for known in self.each]
-
-        assert self.private is not None
-        parameters = [p for p in self.painter.parameters() if p.requires_grad]
-        with autocast(self.config.machine, self.device):
-            gradients = sparse_each(velocity_unet.in_domain(self.painter, velocity_unet.TARGET), x0, self.cond[rows], self.times, rewards,
-                                    self.settings.k, draw, parameters)
-            self.private.add(parameters, gradients, len(self.each), norm, step)
-        return {}, kept
-
     def _balance(self, known: Known) -> float:
-        """lambda = rho * mean |g_fm| / mean |g_r| over a few batches of the base model; with a privacy budget |g_r| is 1."""
-        norms = {"denoise": 0.0} if self.private else {"denoise": 0.0, "reward": 0.0}
-        nothing = [f[:0] for f in self._features(self.images[:2], self.labels[:2])]
-        for i in range(CALIBRATION_BATCHES):
-            draw = generator(self.config.seed, "align", "balance", i)
-            for name in norms:
-                self.painter.zero_grad(set_to_none=True)
-                if name == "denoise":
-                    self._denoise(draw)
-                else:
-                    self._pull(draw, 1.0, known, nothing)
-                norms[name] += math.sqrt(sum(float(p.grad.square().sum()) for p in self.painter.parameters() if p.grad is not None))
-        self.painter.zero_grad(set_to_none=True)
-        if self.private:
-            return self.settings.rho * norms["denoise"] / CALIBRATION_BATCHES
+        """lambda = rho * mean |g_fm| / mean |g_r| over a few batches of the base model."""
+        draws = (generator(self.config.seed, "align", "balance", i) for i in range(CALIBRATION_BATCHES))
+        norms = [(self._norm_of(functools.partial(self._denoise, draw)), self._reward_norm(draw, known)) for draw in draws]
+        denoise, reward = (sum(each) for each in zip(*norms, strict=True))
         # The reward alone has nothing to be weighed against, and Adam does not mind its scale.
-        return 1.0 if self.settings.denoise == "none" else self.settings.rho * norms["denoise"] / max(norms["reward"], 1e-12)
+        return 1.0 if self.settings.denoise == "none" else self.settings.rho * denoise / max(reward, 1e-12)
+
+    def _reward_norm(self, draw: torch.Generator, known: Known) -> float:
+        """|g_r| of one batch."""
+        nothing = [f[:0] for f in self._features(self.images[:2], self.labels[:2])]
+        return self._norm_of(functools.partial(self._pull, draw, 1.0, known, nothing, 0))
+
+    def _norm_of(self, act: Callable[[], object]) -> float:
+        """Norm of the gradient that ``act`` leaves; it is taken away again."""
+        self.painter.zero_grad(set_to_none=True)
+        act()
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in self.painter.parameters() if p.grad is not None))
+        self.painter.zero_grad(set_to_none=True)
+        return norm
 
     def _looker(self, known: Known, held_out: Known, base_images: Tensor, base_speed: float) -> Callable[[nn.Module], dict[str, float]]:
         """A function from a painter to its rewards and its ratios to stage 1 on the probe set."""
-        probe_labels = self.probe_labels.cpu().numpy()
-        shown = [self.references.images[rows] for rows in (self.aligning, self.held_out)]
-        closest = None if (self.aligning == self.held_out).all() else shown[1]
+        def seen(images: Tensor, speed: float) -> tuple[list[Tensor], dict[str, float]]:
+            features, pictures = self._features(images, self.probe_labels), to_bytes(images)
+            agreement = mean_dice(predict(self.labeller, pictures, self.task, self.device), self.probe_labels.cpu().numpy(), self.task).mean()
+            return features, dict(zip(RATIOS, (self.probe.diversity(features[0]), speed, float(agreement), self._closeness(pictures)), strict=True))
 
-        def facts(images: Tensor) -> tuple[list[Tensor], float, float, float]:
-            features, seen = self._features(images, self.probe_labels), to_bytes(images)
-            agreement = float(mean_dice(predict(self.labeller, seen, self.task, self.device), probe_labels, self.task).mean())
-            return features, self.probe.diversity(features[0]), agreement, closest_reference(seen)
-
-        def closest_reference(seen: np.ndarray) -> float:
-            return closeness(seen, shown[0], closest) if len(shown[0]) and not self.private else math.nan
-
-        _, *base = facts(base_images)
+        _, base = seen(base_images, base_speed)
 
         def look(model: nn.Module) -> dict[str, float]:
-            images, speed = self._sample(model)
-            features, *own = facts(images)
-            diversity, agreement, copying = (a / max(b, 1e-9) for a, b in zip(own, base, strict=True))
-            rewards = {name: math.nan if self.private else -float(self.objective(features, of))
-                       for name, of in (("held_out_reward", held_out), ("reward", known))}
-            return {**rewards, **dict(zip(RATIOS, (diversity, speed / base_speed, agreement, copying), strict=True))}
+            features, own = seen(*self._sample(model))
+            return self._rewards(features, held_out, known) | {name: own[name] / max(base[name], 1e-9) for name in RATIOS}
 
         return torch.no_grad()(look)
+
+    def _rewards(self, features: list[Tensor], held_out: Known, known: Known) -> dict[str, float]:
+        """Of the probe set, by the held-out references and by those aligned to."""
+        return {name: -float(self.objective(features, of)) for name, of in (("held_out_reward", held_out), ("reward", known))}
+
+    def _closeness(self, pictures: np.ndarray) -> float:
+        """How near the probe's pictures come to the references aligned to (``reward/gates.py``); NaN without images of these."""
+        aligning, held_out = (self.references.images[rows] for rows in (self.aligning, self.held_out))
+        return closeness(pictures, aligning, None if (self.aligning == self.held_out).all() else held_out) if len(aligning) else math.nan
 
     def _describe(self) -> tuple[Known, Known]:
         """What is known of the aligning and of the held-out references; sets what recolouring needs of them."""
@@ -347,29 +330,8 @@ class _Alignment:
         self.colours = self.reference_images[chosen[0]], (membership * seen[:, None])[chosen[0]], seen[chosen[0]]
         self.cores = self._core(self.images, self.labels)
         self.gain = self._spectral_gain()
-        self.each = self._each(*self.colours[:2]) if self.private else []
         aligning, held_out = (self.objective.describe(self.reference_images[rows], membership[rows]) for rows in chosen)
         return aligning, held_out
-
-    def _each(self, images: Tensor, regions: Tensor) -> list[Known]:
-        """What would be known if every aligning reference looked like the first, like the second, and so on: nothing of one depends on another."""
-        n = len(images)
-        alone = [self.objective.encoder(x, r) for x, r in zip(images.split(1), regions.split(1), strict=True)]
-        return [self.objective.known([Moments(n, f[0], torch.ones_like(f[0])) if len(f) else None for f in features]) for features in alone]
-
-    def _private(self) -> PrivateSum | None:
-        """Keeper of the privacy budget, if there is one; its noise is new whenever anything that the weights depend on is.
-
-        What the references are, which of them are aligned to and how they are labelled counts above all: of two runs with the same noise the
-        difference would show what differs.
-        """
-        if self.settings.privacy.epsilon is None:
-            return None
-        said = repr((self.settings, self.flow, self.task, self.config.machine, self.config.seed, self.context.key)).encode()
-        masks = () if self.references.masks is None else (self.references.masks,)
-        images = [each.tobytes() for each in (self.source.images, self.source.labels, self.references.images, self.aligning, *masks)]
-        networks = [(self.inputs[name] / "weights.safetensors").read_bytes() for name in ("image_flow", "labeller")]
-        return PrivateSum(self.settings.privacy, self.settings.training.steps, salt(said, *images, *networks))
 
     def _given(self) -> ReferenceMoments | None:
         """The reference set where it is a file of moments that fits this painter's source, encoder and labeller."""
@@ -384,9 +346,25 @@ class _Alignment:
             for role, found in given.sets.items()}
         return dataclasses.replace(given, sets=sets)
 
+    def _why_no_copy_gate(self) -> str | None:
+        return NO_COPY_GATE if self.given else None
+
     def _ratios(self) -> tuple[str, ...]:
         """The gates' ratios that can be measured."""
-        return RATIOS if self.given is None and self.private is None else tuple(name for name in RATIOS if name != "copy_ratio")
+        return RATIOS if self._why_no_copy_gate() is None else tuple(name for name in RATIOS if name != "copy_ratio")
+
+    def _rewards_told(self) -> tuple[str, ...]:
+        """Names of the rewards that are logged."""
+        return "held_out_reward", "reward"
+
+    def _gained(self, start: "pd.Series[Any]", chosen: "pd.Series[Any]", promise: dict[str, Any]) -> dict[str, float]:
+        """Numbers of the whole: what stage 1 and the chosen weights were rewarded with."""
+        return {f"{told}_{when}": float(look[name]) for name, told in (("reward", "reward"), ("held_out_reward", "held_out"))
+                for when, look in (("before", start), ("after", chosen))}
+
+    def _promise(self) -> dict[str, Any]:
+        """What the weights promise about the references: nothing."""
+        return {}
 
     def _numbers(self) -> dict[str, float]:
         """How many references there are, and how many are aligned to."""

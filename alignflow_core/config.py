@@ -453,8 +453,8 @@ class Data:
 class Sample:
     """Synthesis. ``mask_source``: ``real`` source masks, ``flow`` masks, or ``mixed`` half and half.
 
-    ``n_paired`` held-out masks of the target are painted too, to be compared with their real images. ``strength`` dials alignment:
-    0 paints with stage 1, 1 with the aligned weights, between with weights on the line between.
+    ``n_paired`` held-out masks of the target are painted too, to be compared with their real images. ``strengths`` dial alignment:
+    0 paints with stage 1, 1 with the aligned weights, between and beyond with weights on their line; each aligned pair takes one of them.
     """
 
     n_pairs: int = 256
@@ -463,7 +463,7 @@ class Sample:
     solver: str = "euler"
     n_steps: int = 12
     guidance_scale: float = 1.0
-    strength: float = 1.0
+    strengths: tuple[float, ...] = (1.0,)
     mask_source: str = "mixed"
     area_quantile: float = 0.005
     copy_dice: float = 0.98
@@ -473,7 +473,9 @@ class Sample:
         one_of("sample.mask_source", self.mask_source, ("real", "flow", "mixed"))
         at_least("sample.n_pairs", self.n_pairs, 4)
         at_least("sample.n_paired", self.n_paired, 2)
-        between("sample.strength", self.strength, 0.0, 1.5)
+        at_least("number of sample.strengths", len(self.strengths), 1)
+        for strength in self.strengths:
+            between("sample.strengths", strength, 0.0, 1.5)
 
 
 @dataclass(frozen=True)

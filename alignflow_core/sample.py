@@ -1,5 +1,6 @@
 """Synthesis: noise -> mask, mask -> image, one seed per pair, so that pair i is the same in any batch or after any restart."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,19 +82,20 @@ def run_paired(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any
         model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         parts = []
         for start in range(0, len(pairs), settings.batch):
-            parts.append(_painted(model, facts, pairs.labels[start:start + settings.batch], ("paired", start), config, device))
+            parts.append(_painted(model, facts, pairs.labels[start:start + settings.batch],
+                                  ("paired", range(start, min(start + settings.batch, len(pairs)))), config, device))
         np.save(out_dir / f"{painter}.npy", np.concatenate(parts))
         context.progress(done, len(painters), painter)
     pd.DataFrame({"case_id": pairs.ids}).to_parquet(out_dir / "manifest.parquet", index=False)
     return {"n_pairs": float(len(pairs)), "painters": float(len(painters))}
 
 
-def _painted(model: torch.nn.Module, facts: dict[str, Any], masks: np.ndarray, seeds: tuple[str, int], config: Any,
+def _painted(model: torch.nn.Module, facts: dict[str, Any], masks: np.ndarray, seeds: tuple[str, Sequence[int]], config: Any,
              device: torch.device) -> np.ndarray:
-    """Images uint8 [n, H, W, 3] of class numbers [n, H, W]; image i from noise seeded by ``(seed, seeds[0], seeds[1] + i)``."""
+    """Images uint8 [n, H, W, 3] of class numbers [n, H, W]; image i from noise seeded by ``(seed, seeds[0], seeds[1][i])``."""
     masks = np.asarray(masks)
     cond = condition(masks, config.task, facts["clip"]).to(device)
-    noise = torch.stack([torch.randn(3, *masks.shape[1:], generator=generator(config.seed, seeds[0], seeds[1] + i)) for i in range(len(masks))])
+    noise = torch.stack([torch.randn(3, *masks.shape[1:], generator=generator(config.seed, seeds[0], number)) for number in seeds[1]])
     with autocast(config.machine, device), torch.no_grad():
         return to_bytes(_drawn(velocity_unet.in_domain(model, facts["domain"]), noise.to(device), cond, facts, config.sample))
 
@@ -114,35 +116,51 @@ def run_aligned(config: Any, inputs: dict[str, Path], out_dir: Path, context: An
 def _paint(config: Any, checkpoint_dir: Path, base_dir: Path | None, masks_dir: Path, out_dir: Path, context: Any) -> dict[str, float]:
     """Image i from noise seeded by (seed, "pair", i); finished chunks survive an interruption.
 
-    With a base the weights are ``base + strength (checkpoint - base)``.
+    With a base pairs are painted by ``base + strength (checkpoint - base)``, each with one of ``sample.strengths``.
     """
     settings: Sample = config.sample
     device = prepare(config.machine)
     model, facts = velocity_unet.load(checkpoint_dir)
-    if base_dir is not None and settings.strength != 1:
-        base, _ = velocity_unet.load(base_dir)
-        base.adopt_target()
-        aligned = model.state_dict()
-        model.load_state_dict({name: value.lerp(aligned[name], settings.strength) for name, value in base.state_dict().items()})
+    weights = {1.0: model.state_dict()} if base_dir is None else _between(base_dir, model, settings.strengths)
     model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     masks = read_array(masks_dir / "masks.npy")
+    strengths = [list(weights)[derive_seed(config.seed, "strength", i) % len(weights)] for i in range(len(masks))]
     chunks = range(0, len(masks), settings.batch)
     parts = []
     for start in chunks:
         part = context.work_dir / f"chunk{start:08d}.npy"
         if not part.exists():
-            np.save(part.with_suffix(".part.npy"), _painted(model, facts, masks[start:start + settings.batch], ("pair", start), config, device))
+            numbers = range(start, min(start + settings.batch, len(masks)))
+            painted = np.empty((len(numbers), *masks.shape[1:], 3), np.uint8)
+            for strength, own in weights.items():
+                rows = [i for i in numbers if strengths[i] == strength]
+                if rows:
+                    model.load_state_dict(own)
+                    painted[np.array(rows) - start] = _painted(model, facts, masks[rows], ("pair", rows), config, device)
+            np.save(part.with_suffix(".part.npy"), painted)
             part.with_suffix(".part.npy").rename(part)
         parts.append(read_array(part))
         context.progress(min(start + settings.batch, len(masks)), len(masks), "images")
     table = pd.read_parquet(masks_dir / "manifest.parquet")
     table.insert(0, "pair_id", [f"pair{i:06d}" for i in range(len(masks))])
     table["seed"] = [derive_seed(config.seed, "pair", i) for i in range(len(masks))]
+    table["strength"] = strengths
     table["checkpoint"] = read_json(checkpoint_dir / "config.json")["weights_sha256"]
     images = np.concatenate(parts)
     write_pairs(out_dir, Pairs(images, np.asarray(masks), tuple(table["pair_id"]), table))
     return {"n_images": len(images), "nfe": facts.get("n_steps", settings.n_steps * (1 if settings.solver == "euler" else 2)),
             "saturated_fraction": float(((images == 0) | (images == 255)).mean())}
+
+
+def _between(base_dir: Path, model: torch.nn.Module, strengths: Sequence[float]) -> dict[float, dict[str, Tensor]]:
+    """Weights on the line from the base (0) through the model's (1), by strength."""
+    aligned = {name: value.clone() for name, value in model.state_dict().items()}
+    if set(strengths) == {1.0}:
+        return {1.0: aligned}
+    base, _ = velocity_unet.load(base_dir)
+    base.adopt_target()
+    start = base.state_dict()
+    return {strength: {name: start[name].lerp(value, strength) for name, value in aligned.items()} for strength in strengths}
 
 
 @torch.no_grad()

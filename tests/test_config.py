@@ -40,7 +40,8 @@ RANGES: dict[str, tuple[str, Any]] = {
     "synthetic_share": ("targets.b.synthetic_share", 1.1),
     "data.size": ("data.size", 8),
     "sample.solver": ("sample.solver", "rk4"), "sample.mask_source": ("sample.mask_source", "drawn"), "sample.n_pairs": ("sample.n_pairs", 3),
-    "sample.n_paired": ("sample.n_paired", 1), "sample.strength": ("sample.strength", 2.0),
+    "sample.n_paired": ("sample.n_paired", 1), "sample.strengths": ("sample.strengths", [1.0, 2.0]),
+    "number of sample.strengths": ("sample.strengths", []),
     "number of segment.architectures": ("segment.architectures", []), "segment.architectures": ("segment.architectures", ["vit"]),
     "segment.seeds": ("segment.seeds", 0), "segment.synthetic_share": ("segment.synthetic_share", 2),
 }

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from alignflow_core import align, filtering, image_flow, labeller, mask_flow, sample, segment
+from alignflow_core import align, align_private, filtering, image_flow, labeller, mask_flow, sample, segment
 from alignflow_core.artifact import read_json
 from alignflow_core.checkpoint import load_tensors
 from alignflow_core.config import (
@@ -119,6 +119,17 @@ def test_pair_is_the_same_in_any_batch_and_after_an_interruption(built: dict[str
     assert (np.load(tmp_path / "resumed" / "images.npy") == expected).all()
 
 
+def test_pairs_take_turns_through_the_strengths(built: dict[str, Path], tmp_path: Path) -> None:
+    config = SimpleNamespace(**{**vars(CONFIG), "sample": dataclasses.replace(CONFIG.sample, strengths=(0.0, 1.0, 0.5))})
+    build(sample.run_aligned, config, built, tmp_path / "mixed")
+    taken = pd.read_parquet(tmp_path / "mixed/manifest.parquet")["strength"].to_numpy()
+    assert set(taken) == {0.0, 0.5, 1.0}
+    mixed, unaligned, aligned = (np.load(folder / "images.npy").astype(int) for folder in (tmp_path / "mixed", built["sample_stage1"],
+                                                                                          built["sample_aligned"]))
+    for strength, images in ((0.0, unaligned), (1.0, aligned)):  # kernels may differ in the last bit
+        assert np.abs(mixed - images)[taken == strength].max() <= 1 < np.abs(mixed - images)[taken != strength].max()
+
+
 def test_alignment_moves_the_samples_towards_the_references(built: dict[str, Path]) -> None:
     stage1, aligned = (np.load(built[name] / "images.npy").mean((0, 1, 2)) for name in ("sample_stage1", "sample_aligned"))
     target = read_pairs(built["references"]).images.mean((0, 1, 2))
@@ -167,7 +178,7 @@ def test_with_a_budget_nothing_but_the_noised_gradients_sees_the_references(buil
                                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """The noise held fixed, held-out references change nothing, and an aligning one changes the weights."""
     pytest.importorskip("opacus", reason="the extra 'dp' is not installed")
-    monkeypatch.setattr(align, "salt", lambda *parts: "fixed")
+    monkeypatch.setattr(align_private, "salt", lambda *parts: "fixed")
     short = dataclasses.replace(CONFIG.align.training, steps=8)
     config = SimpleNamespace(**{**vars(CONFIG), "align": dataclasses.replace(CONFIG.align, training=short, **PRIVATE)})
     references, made = read_pairs(built["references"]), {}
@@ -202,8 +213,7 @@ def test_noise_of_a_budget_is_new_for_other_references_roles_labels_and_settings
         for lr in (1e-3, 2e-3) if name == "given" else (1e-3,):
             settings = dataclasses.replace(private, training=dataclasses.replace(private.training, lr=lr))
             config = SimpleNamespace(**{**vars(CONFIG), "align": settings})
-            keeper = align._Alignment(config, {**built, "references": tmp_path / name}, context(tmp_path / "work", "clinic")).private
-            assert keeper is not None
+            keeper = align_private.PrivateAlignment(config, {**built, "references": tmp_path / name}, context(tmp_path / "work", "clinic")).private
             salts[name, lr] = keeper.salt
     assert len(set(salts.values())) == len(salts) == 5
 
