@@ -144,7 +144,8 @@ def _paint(config: Any, checkpoint_dir: Path, base_dir: Path | None, masks_dir: 
     table = pd.read_parquet(masks_dir / "manifest.parquet")
     table.insert(0, "pair_id", [f"pair{i:06d}" for i in range(len(masks))])
     table["seed"] = [derive_seed(config.seed, "pair", i) for i in range(len(masks))]
-    table["strength"] = strengths
+    if base_dir is not None:
+        table["strength"] = strengths
     table["checkpoint"] = read_json(checkpoint_dir / "config.json")["weights_sha256"]
     images = np.concatenate(parts)
     write_pairs(out_dir, Pairs(images, np.asarray(masks), tuple(table["pair_id"]), table))
