@@ -8,6 +8,7 @@ image of a held-out mask against the real image of that mask).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import torch
 from alignflow_core import audit
 from alignflow_core.config import Task
 from alignflow_core.devices import prepare
+from alignflow_core.full_strength import at_full_strength
 from alignflow_core.membership import membership
 from alignflow_core.membership import numbers as membership_numbers
 from alignflow_core.metrics.appearance import appearance
@@ -47,6 +49,11 @@ class Measured:
     aligned: Pairs
     kept: np.ndarray
     comparators: Mapping[str, Pairs]
+
+    @cached_property
+    def full(self) -> np.ndarray:
+        """Aligned pairs painted at full strength, which distances and appearance are about, [len(aligned)]."""
+        return at_full_strength(self.aligned.table)
 
     @property
     def shown_references(self) -> dict[str, Pairs]:
@@ -149,11 +156,13 @@ def _image_distances(data: Measured, target: str, seed: int) -> tuple[pd.DataFra
     train = data.source.select((data.source.table["split"] == "train").to_numpy())
     space = FeatureSpace.fit(train.images)
     sets = {"source": train, **data.shown_references, "target test": data.test,
-            **data.comparators, "stage1": data.stage1, "aligned": data.aligned}
+            **data.comparators, "stage1": data.stage1, "aligned": data.aligned.select(data.full)}
     vectors = {name: space(pairs.images) for name, pairs in sets.items()}
     features = pd.concat([_map_rows(name, pairs.ids, vectors[name]) for name, pairs in sets.items()], ignore_index=True)
     groups = {name: _units(pairs) for name, pairs in sets.items()}
-    vectors["aligned+filtered"], groups["aligned+filtered"] = vectors["aligned"][data.kept], groups["aligned"][data.kept]
+    kept = data.kept[data.full]
+    if kept.any():
+        vectors["aligned+filtered"], groups["aligned+filtered"] = vectors["aligned"][kept], groups["aligned"][kept]
     for name, found in vectors.items():
         chosen = _evenly(len(found), MOST)
         vectors[name], groups[name] = found[chosen], groups[name][chosen]
@@ -208,7 +217,7 @@ def _map_rows(name: str, ids: object, vectors: np.ndarray) -> pd.DataFrame:
 def _looks(data: Measured, task: Task) -> pd.DataFrame:
     """Appearance of at most MAP_SIZE images of each set: set, then one column per quantity."""
     frames = []
-    for name, pairs in {"source": data.source, "stage1": data.stage1, "aligned": data.aligned, **data.shown_references,
+    for name, pairs in {"source": data.source, "stage1": data.stage1, "aligned": data.aligned.select(data.full), **data.shown_references,
                         "target test": data.test}.items():
         chosen = _evenly(len(pairs), MAP_SIZE)
         frames.append(appearance(pairs.images[chosen], None if pairs.masks is None else pairs.masks[chosen], task).assign(set=name))

@@ -63,14 +63,19 @@ def _area_ratios(areas: np.ndarray, reference_areas: np.ndarray, task: Task) -> 
 
 
 def _outlyingness(pairs: Pairs, source: Pairs) -> np.ndarray:
-    """Root mean square of robust z-scores of a pair's features within the set, over its median: 1 is typical, [N]."""
+    """Root mean square of robust z-scores of a pair's features among the pairs of its strength, over its median: 1 is typical, [N]."""
     with torch.no_grad():
         real, painted = to_unit(source.images), to_unit(pairs.images)
         features = Standardised(StatConv(), real, real[:, :0])(painted, painted[:, :0])[0].numpy()
-    centred = features - np.median(features, axis=0)
-    z = centred / (1.4826 * np.median(np.abs(centred), axis=0) + 1e-6)
-    size = np.sqrt(np.mean(np.clip(z, -20, 20) ** 2, axis=1))
-    return size / np.median(size)
+    strengths = pairs.table["strength"].to_numpy() if "strength" in pairs.table else np.ones(len(pairs))
+    found = np.empty(len(pairs))
+    for strength in np.unique(strengths):
+        alike = strengths == strength
+        centred = features[alike] - np.median(features[alike], axis=0)
+        z = centred / (1.4826 * np.median(np.abs(centred), axis=0) + 1e-6)
+        size = np.sqrt(np.mean(np.clip(z, -20, 20) ** 2, axis=1))
+        found[alike] = size / max(float(np.median(size)), 1e-9)
+    return found
 
 
 def area_weights(areas: np.ndarray, reference_areas: np.ndarray) -> np.ndarray:

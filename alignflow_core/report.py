@@ -17,6 +17,7 @@ import pandas as pd
 from alignflow_core import figures
 from alignflow_core.artifact import read_json
 from alignflow_core.config import COLOUR, Task, in_order
+from alignflow_core.full_strength import at_full_strength
 from alignflow_core.masks import regions
 from alignflow_core.metrics.copying import LEAST_HELD_OUT
 from alignflow_core.pairs import Pairs, read_pairs
@@ -271,10 +272,11 @@ def _share_gone(start: float, reached: float, goal: float, spread: float) -> flo
 
 def _grid(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], source: Pairs,
           references: Pairs, kept: np.ndarray) -> list[tuple[str, str]]:
-    """Labelled strips; columns share a mask. The pairs are evenly spaced, not picked."""
+    """Labelled strips; columns share a mask. The pairs are evenly spaced among those of full strength, not picked."""
     task, n = config.task, config.report.examples
     stage1, aligned = read_pairs(inputs["sample_stage1"]), read_pairs(inputs[f"sample_aligned:{target}"])
-    chosen = np.linspace(0, len(aligned) - 1, min(n, len(aligned))).round().astype(int)
+    full = np.flatnonzero(at_full_strength(aligned.table))
+    chosen = full[np.linspace(0, len(full) - 1, min(n, len(full))).round().astype(int)]
     masks = aligned.labels[chosen]
     train = source.select((source.table["split"] == "train").to_numpy())
     nearest = _nearest_masks(masks, train.labels, task)

@@ -1,6 +1,7 @@
 """evaluate, compare and report on a small made-up project: two cameras, discs with cups, real segmenter files."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,6 +173,17 @@ def test_evaluate_measures_images_with_their_n_and_floor(evaluated: Path):
     assert distances["ci_low"].notna().groupby("set").mean()[["source", "stage1", "aligned"]].min() > 0.8
     features = pd.read_parquet(evaluated / "features.parquet")
     assert features["set"].value_counts().to_dict() == {"source": 16, "references": 7, "target test": 16, "stage1": 20, "aligned": 20}
+
+
+def test_distances_are_of_the_pairs_painted_at_full_strength(project: Path, tmp_path: Path) -> None:
+    shutil.copytree(project, tmp_path / "project")
+    file = tmp_path / "project/artifacts/sample_aligned/amber/manifest.parquet"
+    pd.read_parquet(file).assign(strength=[0.5, 1.0] * 10).to_parquet(file)
+    out = build(tmp_path / "project", "evaluate", evaluate.run, "amber", EVALUATE_INPUTS)
+    distances = pd.read_parquet(out / "distances.parquet").set_index(["metric", "set"])
+    assert distances.loc[("kid", "aligned"), "n"] == 10 and distances.loc[("kid", "aligned+filtered"), "n"] == 8
+    assert pd.read_parquet(out / "appearance.parquet")["set"].value_counts()["aligned"] == 10
+    assert len(pd.read_parquet(out / "copying.parquet")["pair_id"].unique()) == 20
 
 
 def test_evaluate_compares_painted_masks_with_their_own_real_images(evaluated: Path) -> None:

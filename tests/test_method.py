@@ -231,6 +231,19 @@ def test_filter_refuses_a_pair_whose_image_ignores_its_mask(built: dict[str, Pat
     assert found.loc[9, "reason"] == "image does not follow its mask" and found["kept"].mean() > 0.8
 
 
+def test_a_pair_is_judged_among_those_of_its_strength() -> None:
+    """A quarter of the set in the source's look is implausible only where nobody says that it was meant to be."""
+    near, far, source = discs(30, (50, 60, 130), 7), discs(10, (120, 60, 40), 8), discs(48, (120, 60, 40), 1)
+    strength = np.repeat([1.0, 0.0], [30, 10])
+    images = np.concatenate([near.images, far.images])
+    images[[3, 35]] = 255 - images[[3, 35]]
+    table = pd.concat([near.table, far.table], ignore_index=True)
+    told, untold = (filtering._outlyingness(Pairs(images, None, (*near.ids, *far.ids), each), source)
+                    for each in (table.assign(strength=strength), table))
+    assert set(np.argsort(told)[-2:]) == {3, 35} and np.delete(told, [3, 35]).max() < 2.5
+    assert untold[strength == 0].min() > 2.5
+
+
 def test_area_weights_move_the_set_towards_the_references() -> None:
     rng = np.random.default_rng(0)
     areas = np.exp(rng.normal(-3, 0.3, (400, 1)))
