@@ -274,7 +274,7 @@ class Alignment:
         draws = (generator(self.config.seed, "align", "balance", i) for i in range(CALIBRATION_BATCHES))
         norms = [(self._norm_of(functools.partial(self._denoise, draw)), self._reward_norm(draw, known)) for draw in draws]
         denoise, reward = (sum(each) for each in zip(*norms, strict=True))
-        # The reward alone has nothing to be weighed against, and Adam does not mind its scale.
+        # The reward alone has nothing to be weighed against, and the optimisers do not mind its scale.
         return 1.0 if self.settings.denoise == "none" else self.settings.rho * denoise / max(reward, 1e-12)
 
     def _reward_norm(self, draw: torch.Generator, known: Known) -> float:

@@ -21,7 +21,7 @@ from alignflow_core.reward.moments import Moments
 from alignflow_core.reward.objective import Known, steadied
 from alignflow_core.reward.private import PrivateSum, salt
 
-NO_COPY_GATE = "not measured: with a privacy budget no gate may look at the references"
+PRIVATE_GATES = "not measured: with a privacy budget no gate may look at the references"
 
 
 class PrivateAlignment(Alignment):
@@ -88,7 +88,7 @@ class PrivateAlignment(Alignment):
         return math.nan
 
     def _why_no_copy_gate(self) -> str | None:
-        return NO_COPY_GATE
+        return PRIVATE_GATES
 
     def _rewards_told(self) -> tuple[str, ...]:
         return ()

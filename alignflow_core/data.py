@@ -105,7 +105,8 @@ def run_references(config: Any, inputs: Mapping[str, Path], out_dir: Path, conte
         labelled, places = True, [f"{domain}: case {case}" for case in table["case_id"]]
     else:
         with _arrays(config.task, config.data.size, out_dir) as (keep, _):
-            listing = check_folder(context.root / wanted.dir, config.task, labelled=False, root=context.root, size=config.data.size, keep=keep)
+            listing = check_folder(context.root / wanted.dir, config.task, labelled=False, root=context.root, progress=context.progress,
+                                   size=config.data.size, keep=keep)
         order = in_drawn_order([case.stem for case in listing.cases], wanted.seed)
         for file in out_dir.glob("*.npy"):
             np.save(file, np.load(file)[order])

@@ -52,8 +52,13 @@ class Measured:
 
     @cached_property
     def full(self) -> np.ndarray:
-        """Aligned pairs painted at full strength, which distances and appearance are about, [len(aligned)]."""
+        """Rows that distances and appearance are about, [len(aligned)]; row i of every painter is of the same mask and noise."""
         return at_full_strength(self.aligned.table)
+
+    @property
+    def painted(self) -> dict[str, Pairs]:
+        """Every painter's pairs of these rows, so that sets of one size are compared."""
+        return {name: pairs.select(self.full) for name, pairs in {**self.comparators, "stage1": self.stage1, "aligned": self.aligned}.items()}
 
     @property
     def shown_references(self) -> dict[str, Pairs]:
@@ -156,7 +161,7 @@ def _image_distances(data: Measured, target: str, seed: int) -> tuple[pd.DataFra
     train = data.source.select((data.source.table["split"] == "train").to_numpy())
     space = FeatureSpace.fit(train.images)
     sets = {"source": train, **data.shown_references, "target test": data.test,
-            **data.comparators, "stage1": data.stage1, "aligned": data.aligned.select(data.full)}
+            **data.painted}
     vectors = {name: space(pairs.images) for name, pairs in sets.items()}
     features = pd.concat([_map_rows(name, pairs.ids, vectors[name]) for name, pairs in sets.items()], ignore_index=True)
     groups = {name: _units(pairs) for name, pairs in sets.items()}
@@ -217,8 +222,8 @@ def _map_rows(name: str, ids: object, vectors: np.ndarray) -> pd.DataFrame:
 def _looks(data: Measured, task: Task) -> pd.DataFrame:
     """Appearance of at most MAP_SIZE images of each set: set, then one column per quantity."""
     frames = []
-    for name, pairs in {"source": data.source, "stage1": data.stage1, "aligned": data.aligned.select(data.full), **data.shown_references,
-                        "target test": data.test}.items():
+    own = {name: data.painted[name] for name in ("stage1", "aligned")}
+    for name, pairs in {"source": data.source, **own, **data.shown_references, "target test": data.test}.items():
         chosen = _evenly(len(pairs), MAP_SIZE)
         frames.append(appearance(pairs.images[chosen], None if pairs.masks is None else pairs.masks[chosen], task).assign(set=name))
     return pd.concat(frames, ignore_index=True)

@@ -1,6 +1,6 @@
 """Keep the synthetic pairs that are plausible, novel and true to their mask (our choice; the paper keeps all).
 
-* plausible: not an outlier among the set, by the robust deviation of its reward features;
+* plausible: not an outlier among the pairs of its strength (of which one or two cannot be judged so), by the robust deviation of its reward features;
 * novel: not closer to a reference than real images are (``metrics/copying.py``); not asked where the references are moments alone;
 * mask-true: a judge that never saw the pair finds its mask again. Two judges are trained, each on one half of the
   synthetic pairs, and judge the other half: they know the target's look but need no target label.

@@ -18,8 +18,6 @@ from alignflow_core.readers import SUFFIXES, Picture, ReadError, read_bytes, rea
 GROUP_FILES = ("groups.csv", "sequences.csv")
 CHECK_SIZE = 64  # a check that keeps nothing decodes every image too, large JPEGs at reduced scale
 IGNORED = ("thumbs.db", "desktop.ini")  # and names with a leading dot
-
-
 # Takes the number of images of the folder, one of them at the size asked for, and its mask at full size where there is one.
 Keep = Callable[[int, Picture, Picture | None], None]
 

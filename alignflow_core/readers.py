@@ -66,8 +66,8 @@ def read_image(file: Path, root: Path, size: int | None = None) -> Picture:
         return Picture(np.asarray(image), width, height, hashlib.sha256(data).hexdigest())
 
 
-def read_mask(file: Path, root: Path, task: Task, size: int | None = None) -> Picture:
-    """A mask as class numbers; ``size`` makes it a square of that side, by area and region by region.
+def read_mask(file: Path, root: Path, task: Task) -> Picture:
+    """A mask as class numbers.
 
     Raises:
         ReadError: as :func:`read_image`; under ``labels`` also values that ``task.values`` does not name, or colour.
@@ -76,10 +76,7 @@ def read_mask(file: Path, root: Path, task: Task, size: int | None = None) -> Pi
     image, width, height = _decode(data, None)
     with _decoding():
         values = _label_values(image, task) if task.kind == "labels" else _grey(image)
-    classes = _classes(values, task)
-    if size is not None:
-        classes = resize_classes(classes, task, size)
-    return Picture(classes, width, height, hashlib.sha256(data).hexdigest())
+    return Picture(_classes(values, task), width, height, hashlib.sha256(data).hexdigest())
 
 
 def resize_classes(classes: np.ndarray, task: Task, size: int) -> np.ndarray:

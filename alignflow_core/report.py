@@ -140,6 +140,7 @@ def _target(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], so
         "membership": _membership(read_json(folder / "metrics.json")),
         "obey": {k: v for k, v in read_json(folder / "metrics.json").items() if k.startswith("obey_")},
         "distances": _distance_rows(pd.read_parquet(folder / "distances.parquet")),
+        "strengths": _strengths(inputs[f"sample_aligned:{target}"]),
         "grid": _grid(target, config, inputs, source, references, pairs["kept"].to_numpy(bool)),
         "map": figures.feature_map(pd.read_parquet(folder / "features.parquet")),
         "looks": figures.appearance(looks), "look_rows": _look_rows(looks),
@@ -268,6 +269,12 @@ def _look_rows(looks: pd.DataFrame) -> dict[str, Any]:
 def _share_gone(start: float, reached: float, goal: float, spread: float) -> float:
     """(reached - start) / (goal - start); unknown where stage 1 already is within half a deviation of the target."""
     return (reached - start) / (goal - start) if abs(goal - start) > 0.5 * spread else float("nan")
+
+
+def _strengths(folder: Path) -> list[float]:
+    """Strengths that pairs were painted at."""
+    table = pd.read_parquet(folder / "manifest.parquet")
+    return sorted(set(table["strength"].tolist())) if "strength" in table else [1.0]
 
 
 def _grid(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], source: Pairs,

@@ -124,7 +124,8 @@ def _paint(config: Any, checkpoint_dir: Path, base_dir: Path | None, masks_dir: 
     weights = {1.0: model.state_dict()} if base_dir is None else _between(base_dir, model, settings.strengths)
     model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     masks = read_array(masks_dir / "masks.npy")
-    strengths = [list(weights)[derive_seed(config.seed, "strength", i) % len(weights)] for i in range(len(masks))]
+    named = (1.0,) if base_dir is None else settings.strengths
+    strengths = [named[derive_seed(config.seed, "strength", i) % len(named)] for i in range(len(masks))]
     chunks = range(0, len(masks), settings.batch)
     parts = []
     for start in chunks:

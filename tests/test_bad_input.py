@@ -341,15 +341,21 @@ def test_every_file_is_read_once(project: Path, monkeypatch: pytest.MonkeyPatch)
 def test_references_of_a_folder_are_in_a_drawn_order(project: Path) -> None:
     for number in range(4):
         save(210 + number, project / f"refs/more{number}.png")
+    names = sorted((project / "refs").glob("*.png"))
+    for number, file in enumerate(names):  # each mask has foreground of its own size
+        (project / "refs/masks").mkdir(exist_ok=True)
+        mask = np.where(np.arange(20)[:, None] < 4 * number + 4, 255, 0).astype(np.uint8)
+        Image.fromarray(np.broadcast_to(mask, (20, 24)).copy()).save(project / "refs/masks" / file.name)
     run_stage(project, "data", "there", quiet=True)
     run_stage(project, "references", "there", quiet=True)
-    written = np.load(project / "artifacts/references/there/images.npy")
+    written, masks = (np.load(project / f"artifacts/references/there/{name}.npy") for name in ("images", "masks"))
     table = pd.read_parquet(project / "artifacts/references/there/manifest.parquet")
-    by_name = [read_image(file, project, written.shape[1]) for file in sorted((project / "refs").glob("*.png"))]
+    by_name = [read_image(file, project, written.shape[1]) for file in names]
     pictures = {each.sha256: each.pixels for each in by_name}
     assert list(table["image_sha256"]) != list(pictures) and len(table) == len(pictures) == 5
     for row, sha256 in zip(written, table["image_sha256"], strict=True):
         assert (row == pictures[sha256]).all()
+    assert masks.any((2,)).sum(1).argsort().tolist() == [list(table["image_sha256"]).index(sha256) for sha256 in pictures]
 
 
 def test_more_references_than_training_images(project: Path) -> None:

@@ -14,6 +14,7 @@ from alignflow_core import compare, evaluate, report
 from alignflow_core.artifact import tree_hash, write_json
 from alignflow_core.config import Align, Evaluate, Machine, Network, References, Report, SegmenterNetwork, Target, Task
 from alignflow_core.errors import InputError
+from alignflow_core.full_strength import at_full_strength
 from alignflow_core.metrics import comparison
 from alignflow_core.networks import velocity_unet
 from alignflow_core.networks.registry import arm_folder
@@ -182,8 +183,18 @@ def test_distances_are_of_the_pairs_painted_at_full_strength(project: Path, tmp_
     out = build(tmp_path / "project", "evaluate", evaluate.run, "amber", EVALUATE_INPUTS)
     distances = pd.read_parquet(out / "distances.parquet").set_index(["metric", "set"])
     assert distances.loc[("kid", "aligned"), "n"] == 10 and distances.loc[("kid", "aligned+filtered"), "n"] == 8
-    assert pd.read_parquet(out / "appearance.parquet")["set"].value_counts()["aligned"] == 10
+    assert distances.loc[("kid", "stage1"), "n"] == 10
+    assert pd.read_parquet(out / "appearance.parquet")["set"].value_counts()[["stage1", "aligned"]].tolist() == [10, 10]
     assert len(pd.read_parquet(out / "copying.parquet")["pair_id"].unique()) == 20
+    build(tmp_path / "project", "compare", compare.run, None, {"evaluate:amber": "evaluate/amber"})
+    page = (build(tmp_path / "project", "report", report.run, None, REPORT_INPUTS) / "index.html").read_text()
+    assert "painted at strengths 0.5, 1 (0 is stage 1" in page and "the masks painted at 1," in page
+
+
+def test_full_strength_is_that_of_1_and_of_all_where_there_is_none() -> None:
+    table = pd.DataFrame({"strength": [0.5, 1.0, 1.5]})
+    assert at_full_strength(table).tolist() == [False, True, False]
+    assert at_full_strength(table[table["strength"] != 1]).all() and at_full_strength(table[["strength"]].rename(columns={"strength": "x"})).all()
 
 
 def test_evaluate_compares_painted_masks_with_their_own_real_images(evaluated: Path) -> None:

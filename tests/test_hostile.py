@@ -270,7 +270,7 @@ def fuzz(count: int, folder: Path, task: Task) -> float:
         file.write_bytes(bytes(content))
         started = time.monotonic()
         try:
-            found = read_image(file, folder, 32 if number % 2 else None) if number % 3 else read_mask(file, folder, task, 32)
+            found = read_image(file, folder, 32 if number % 2 else None) if number % 3 else read_mask(file, folder, task)
         except ReadError as error:
             told.append(str(error))
         else:

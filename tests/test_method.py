@@ -119,7 +119,7 @@ def test_pair_is_the_same_in_any_batch_and_after_an_interruption(built: dict[str
     assert (np.load(tmp_path / "resumed" / "images.npy") == expected).all()
 
 
-def test_pairs_take_turns_through_the_strengths(built: dict[str, Path], tmp_path: Path) -> None:
+def test_every_pair_has_one_of_the_strengths(built: dict[str, Path], tmp_path: Path) -> None:
     config = SimpleNamespace(**{**vars(CONFIG), "sample": dataclasses.replace(CONFIG.sample, strengths=(0.0, 1.0, 0.5))})
     build(sample.run_aligned, config, built, tmp_path / "mixed")
     taken = pd.read_parquet(tmp_path / "mixed/manifest.parquet")["strength"].to_numpy()
