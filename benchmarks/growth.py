@@ -133,8 +133,8 @@ def evaluation(n: int, folder: Path) -> Act:
     from alignflow_core.config import Task
     from alignflow_core.metrics.overlap import overlap
 
-    few = pairs(40)
-    data = evaluate.Measured(few, few, few, few, pairs(n), np.arange(n) < 40, {})
+    few, many = pairs(40), pairs(n)
+    data = evaluate.Measured(few, few, few, many, many, np.arange(n) < 40, {})
     return lambda: (evaluate._image_distances(data, "t", 0), evaluate._looks(data, Task()), overlap(data.aligned.labels, data.aligned.labels, Task()))
 
 
