@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from alignflow_core import align, align_private, filtering, image_flow, labeller, mask_flow, sample, segment
+from alignflow_core import align, alignment_private, filtering, image_flow, labeller, mask_flow, sample, segment
 from alignflow_core.artifact import read_json
 from alignflow_core.checkpoint import load_tensors
 from alignflow_core.config import (
@@ -178,7 +178,7 @@ def test_with_a_budget_nothing_but_the_noised_gradients_sees_the_references(buil
                                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """The noise held fixed, held-out references change nothing, and an aligning one changes the weights."""
     pytest.importorskip("opacus", reason="the extra 'dp' is not installed")
-    monkeypatch.setattr(align_private, "salt", lambda *parts: "fixed")
+    monkeypatch.setattr(alignment_private, "salt", lambda *parts: "fixed")
     short = dataclasses.replace(CONFIG.align.training, steps=8)
     config = SimpleNamespace(**{**vars(CONFIG), "align": dataclasses.replace(CONFIG.align, training=short, **PRIVATE)})
     references, made = read_pairs(built["references"]), {}
@@ -213,8 +213,8 @@ def test_noise_of_a_budget_is_new_for_other_references_roles_labels_and_settings
         for lr in (1e-3, 2e-3) if name == "given" else (1e-3,):
             settings = dataclasses.replace(private, training=dataclasses.replace(private.training, lr=lr))
             config = SimpleNamespace(**{**vars(CONFIG), "align": settings})
-            keeper = align_private.PrivateAlignment(config, {**built, "references": tmp_path / name}, context(tmp_path / "work", "clinic")).private
-            salts[name, lr] = keeper.salt
+            inputs = {**built, "references": tmp_path / name}
+            salts[name, lr] = alignment_private.PrivateAlignment(config, inputs, context(tmp_path / "work", "clinic")).private.salt
     assert len(set(salts.values())) == len(salts) == 5
 
 

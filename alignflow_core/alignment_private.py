@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from alignflow_core.align import Alignment
+from alignflow_core.alignment import Alignment
 from alignflow_core.devices import autocast
 from alignflow_core.networks import velocity_unet
 from alignflow_core.reward.gradient import sparse_each
