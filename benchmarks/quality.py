@@ -53,8 +53,7 @@ def seconds_to_loss(seed: int) -> dict[str, float]:
     looks: dict[str, list[tuple[float, float]]] = {name: [] for name in models}  # CPU seconds, loss
     for i in range(MOST_STEPS):
         for name, learner in learners.items():  # in turn, so that a busy machine hits all alike
-            over = i >= PEER_STEPS and (name == "peer" or crossing(looks[name], looks["peer"][-1][1]) < math.inf)
-            if over:
+            if i >= PEER_STEPS and (name == "peer" or crossing(looks[name], looks["peer"][-1][1]) < math.inf):
                 continue
             start = time.process_time()
             learner.step(i)
@@ -66,7 +65,7 @@ def seconds_to_loss(seed: int) -> dict[str, float]:
 
 
 def crossing(looks: list[tuple[float, float]], goal: float) -> float:
-    """When a loss first is ``goal`` or less."""
+    """CPU seconds at which a loss first is ``goal`` or less, of looks (CPU seconds, loss); infinite where it never is."""
     for (before, higher), (after, loss) in zip([(0.0, math.inf), *looks], looks, strict=False):
         if loss <= goal:
             return after if higher == math.inf else before + (higher - goal) / (higher - loss) * (after - before)
