@@ -2,7 +2,8 @@
 
 Each step minimises ``L_fm(source pairs) - lambda * r(samples, references)``. lambda balances the two gradients'
 norms before the first step, ``|lambda g_r| = rho |g_fm|``, and stays: distances differ by orders of magnitude.
-Our choice: half of L_fm is taken in the target's domain, on source pairs in the references' colours (``reward/recolour.py``).
+Our choice: three quarters of L_fm are taken in the target's domain, on source pairs in the references' colours
+(``reward/recolour.py``), and the first steps are of L_fm alone: they cost a fifth, and the reward starts near its goal.
 
 Steps are shared by rounds. A round labels the references with the present segmenter, describes them region by region, and
 tunes the painter; the segmenter is then retrained on pairs of the tuned painter, which look more like the target's.

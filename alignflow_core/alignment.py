@@ -39,6 +39,7 @@ from alignflow_core.segmenter_fit import Diet, fit
 
 CALIBRATION_BATCHES = 4
 PROBE_REPEATS = 4
+RECOLOURED = 0.75  # of the denoising loss
 SPECTRUM_IMAGES = 64
 COLUMNS = ("step", "round", "held_out_reward", "reward", *RATIOS)
 NO_COPY_GATE = "not measured: the references are moments, and only their images could tell whether samples copy them"
@@ -77,6 +78,7 @@ class Alignment:
         self.objective = Objective(Standardised(encoder, self.images, self._regions(self.labels)), self.settings)
         self.probe, self.probe_labels = self._probe()
         self.given = self._given()
+        self.steps = self.settings.rewardless_steps + self.settings.training.steps
 
     def run(self, out_dir: Path) -> dict[str, float]:
         """All rounds; writes what ``align.run`` says."""
@@ -84,7 +86,7 @@ class Alignment:
         base_images, base_speed = self._sample(self.painter)
         weights: Weights = {name: value.detach().clone() for name, value in self.painter.state_dict().items()}
         n_rounds = settings.rounds if settings.regions == "pseudo" else 1
-        shares = np.diff(np.linspace(0, settings.training.steps, n_rounds + 1).astype(int))
+        shares = np.diff(np.linspace(0, self.steps, n_rounds + 1).astype(int))
         looks: list[pd.DataFrame] = []
         verdicts: list[dict[str, Any]] = []
         balance = 0.0
@@ -126,7 +128,7 @@ class Alignment:
             draw = generator(self.config.seed, "align", context.key, first + i)
             loss = self._denoise(draw)
             past = [state[f"queue:{n}"] for n in range(len(known))]
-            if not balance:  # no reward: the denoising loss alone
+            if not balance or first + i < settings.rewardless_steps:
                 return {"loss": loss}
             numbers, features = self._pull(draw, balance, known, past, first + i)
             for n, (before, now) in enumerate(zip(past, features, strict=True)):
@@ -136,7 +138,7 @@ class Alignment:
 
         def on_step(done: int, ema: Ema) -> bool:
             """Look at the gates; true when the held-out reward has not risen for ``patience`` looks."""
-            if done % settings.check_every and done != steps:
+            if (done % settings.check_every or first + done < settings.rewardless_steps) and done != steps:
                 return False
             self.averaged.load_state_dict(ema.shadow)
             record(self.averaged, done)
@@ -150,7 +152,7 @@ class Alignment:
         training = dataclasses.replace(settings.training, steps=steps, lr=settings.training.lr / (1 + number))
         train(self.painter, step, training, context.work_dir / f"round{number}.safetensors",
               lambda metrics, i: context.log(metrics, first + i),
-              lambda done, _, note: context.progress(first + done, settings.training.steps, note), on_step, state)
+              lambda done, _, note: context.progress(first + done, self.steps, note), on_step, state)
         rows = pd.DataFrame(state["looks"].numpy(), columns=list(COLUMNS)).astype({"step": "int64", "round": "int64"})
         rows["failed"] = ["; ".join(failures(dict(zip(RATIOS, row, strict=True)), settings.gates)) for row in rows[list(RATIOS)].to_numpy().tolist()]
         best, last = self._best(state["looks"]), int(rows["step"].iloc[-1])
@@ -173,11 +175,11 @@ class Alignment:
         return self.settings.patience
 
     def _denoise(self, draw: torch.Generator) -> float:
-        """Gradient of the denoising loss: half on source pairs, half in the target's domain on pairs in the references' colours."""
+        """Gradient of the denoising loss: on source pairs, and in the target's domain on pairs in the references' colours."""
         if self.settings.denoise != "source":
             return self._denoise_references(draw) if self.settings.denoise == "references" else 0.0
         batch = self.settings.training.batch
-        share = batch // 2 if self.settings.recolour else 0
+        share = round(RECOLOURED * batch) if self.settings.recolour else 0
         total = 0.0
         for domain, n in ((velocity_unet.SOURCE, batch - share), (velocity_unet.TARGET, share)):
             if not n:

@@ -303,7 +303,8 @@ class Align:
         confidence: least probability of a pseudo-labelled pixel.
         rounds: with ``pseudo``, the steps are shared by so many rounds; before each but the first the segmenter is retrained on
             ``relabel_pairs`` aligned pairs (``relabel``) and labels the references anew.
-        recolour: half of the denoising loss is taken in the target's domain, on source pairs in the references' colours (by region).
+        recolour: three quarters of the denoising loss are taken in the target's domain, on source pairs in the references' colours (by region).
+        recolour_steps: with ``recolour``, steps of the denoising loss alone before the ``training.steps`` in which the reward takes part.
         denoise: data of the denoising loss: ``source`` (default), ``references`` (without masks) or ``none`` (the reward alone).
         gradient: ``sparse`` (default), ``last_k``, ``one_step`` or ``full``; ``k`` network calls carry gradient.
         n_steps: solver steps of the rollout.
@@ -326,6 +327,7 @@ class Align:
     relabel: Training = field(default_factory=Training)
     relabel_pairs: int = 96
     recolour: bool = True
+    recolour_steps: int = 0
     denoise: str = "source"
     gradient: str = "sparse"
     k: int = 2
@@ -353,6 +355,7 @@ class Align:
         between("align.region_share", self.region_share, 0.0, 1.0)
         between("align.confidence", self.confidence, 0.0, 1.0)
         at_least("align.rounds", self.rounds, 1)
+        at_least("align.recolour_steps", self.recolour_steps, 0)
         at_least("align.lora_rank", self.lora_rank, 1)
         at_least("align.k", self.k, 1)
         if self.denoise == "none" and self.rho == 0:
@@ -366,6 +369,11 @@ class Align:
             self._refuse_leaks()
         if self.rounds > self.training.steps:
             raise InputError(f"align.rounds: {self.rounds} is more than align.training.steps ({self.training.steps}); lower rounds")
+
+    @property
+    def rewardless_steps(self) -> int:
+        """Steps before the reward takes part: none where no pairs are recoloured."""
+        return self.recolour_steps if self.recolour and self.denoise == "source" else 0
 
     def _refuse_leaks(self) -> None:
         """With a budget, the weights may depend on the references through noised gradients alone."""

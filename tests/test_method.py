@@ -148,10 +148,25 @@ def test_stage2_starts_as_stage1(built: dict[str, Path]) -> None:
         assert torch.equal(model(x, t, cond), velocity_unet.in_domain(model, velocity_unet.TARGET)(x, t, cond))
 
 
+@pytest.mark.parametrize(("changed", "before"), [({}, 6), ({"recolour": False}, 0), ({"denoise": "references"}, 0)])
+def test_the_reward_comes_after_the_recoloured_pairs(built: dict[str, Path], tmp_path: Path, changed: dict[str, Any], before: int) -> None:
+    short = dataclasses.replace(CONFIG.align.training, steps=4, log_every=1)
+    settings = dataclasses.replace(CONFIG.align, training=short, check_every=2, check_samples=4, recolour_steps=6, **changed)
+    seen: dict[int, dict[str, float]] = {}
+    (tmp_path / "out").mkdir()
+    align.run(SimpleNamespace(**{**vars(CONFIG), "align": settings}), built, tmp_path / "out",
+              dataclasses.replace(context(tmp_path / "work", "clinic"), log=lambda metrics, step: seen.setdefault(step, {}).update(metrics)))
+    steps = {step for step, metrics in seen.items() if "loss" in metrics}
+    assert steps == set(range(1, before + 5))
+    gates = pd.read_parquet(tmp_path / "out" / "gates.parquet")
+    assert gates["step"].tolist() == ([0, 5, 5, 7, 9, 10] if before else [0, 2, 2, 4])  # two rounds
+    assert {step for step in steps if "reward" in seen[step]} == ({5, 7, 8, 9, 10} if before else steps), "looks and steps that the reward takes part in"
+
+
 PRIVATE: dict[str, Any] = {"privacy": Privacy(epsilon=30.0), "recolour": False}
 
 
-@pytest.mark.parametrize("changed", [{}, {"regions": "none", "reward": "skl"}, {"gradient": "last_k", "k": 1}, {"queue": 0},
+@pytest.mark.parametrize("changed", [{}, {"recolour_steps": 9}, {"regions": "none", "reward": "skl"}, {"gradient": "last_k", "k": 1}, {"queue": 0},
                                      {"adapter": "lora", "lora_rank": 2, "gradient": "full"}, PRIVATE])
 def test_alignment_interrupted_and_resumed_is_byte_equal(built: dict[str, Path], tmp_path: Path, changed: dict[str, Any]) -> None:
     if changed is PRIVATE:
