@@ -138,7 +138,7 @@ class Alignment:
 
         def on_step(done: int, ema: Ema) -> bool:
             """Look at the gates; true when the held-out reward has not risen for ``patience`` looks."""
-            if (done % settings.check_every or first + done < settings.rewardless_steps) and done != steps:
+            if done % settings.check_every and done != steps:
                 return False
             self.averaged.load_state_dict(ema.shadow)
             record(self.averaged, done)
