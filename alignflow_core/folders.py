@@ -6,6 +6,7 @@ A raw folder has ``images/`` and ``masks/``, partners share the stem. An optiona
 
 import csv
 import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,18 +86,21 @@ def check_folder(folder: Path, task: Task, labelled: bool = True, root: Path | N
     if not images:
         problems.append(f"{image_dir}: holds no image; put at least one of {', '.join(SUFFIXES)} there")
     if labelled:
-        problems += [f"{images[s]}: has no mask of that stem in {mask_dir}; add it or remove the image" for s in images.keys() - masks.keys()]
-        problems += [f"{masks[s]}: has no image of that stem in {image_dir}; add it or remove the mask" for s in masks.keys() - images.keys()]
+        problems += [f"{image_dir / images[s]}: has no mask of that stem in {mask_dir}; add it or remove the image"
+                     for s in images.keys() - masks.keys()]
+        problems += [f"{mask_dir / masks[s]}: has no image of that stem in {image_dir}; add it or remove the mask"
+                     for s in masks.keys() - images.keys()]
     groups = _read_groups(folder, root, images, problems)
     cases = []
-    for done, (stem, image_file) in enumerate(sorted(images.items()), 1):
+    for done, stem in enumerate(sorted(images), 1):
+        image_file, mask_file = image_dir / images[stem], mask_dir / masks[stem] if stem in masks else None
         image = _try(problems, image_file, read_image, image_file, root, size)
-        mask = _try(problems, masks[stem], read_mask, masks[stem], root, task) if stem in masks else None
+        mask = _try(problems, mask_file, read_mask, mask_file, root, task) if mask_file else None
         if image and mask and (image.width, image.height) != (mask.width, mask.height):
-            problems.append(f"{masks[stem]}: is {mask.width}x{mask.height}, its image {image_file.name} is {image.width}x{image.height}; "
+            problems.append(f"{mask_file}: is {mask.width}x{mask.height}, its image {image_file.name} is {image.width}x{image.height}; "
                             "export both at one size")
         if image and (mask or not labelled):
-            cases.append(Case(stem, image_file.relative_to(folder).as_posix(), masks[stem].relative_to(folder).as_posix() if mask else "",
+            cases.append(Case(stem, image_file.relative_to(folder).as_posix(), mask_file.relative_to(folder).as_posix() if mask_file else "",
                               groups.get(stem, stem), image.width, image.height, image.sha256, mask.sha256 if mask else "",
                               mask is not None and not mask.pixels.any()))
             keep(len(images), image, mask)
@@ -118,20 +122,21 @@ def _try(problems: list[str], file: Path, read: Callable[..., Picture], *argumen
         return None
 
 
-def _by_stem(folder: Path, problems: list[str], ignored: tuple[str, ...] = ()) -> dict[str, Path]:
-    """Image files of a folder by stem; stems that differ in nothing but suffix or case are a problem."""
-    found: dict[str, Path] = {}
-    taken: dict[str, Path] = {}
-    for file in sorted(folder.iterdir()):
-        if file.name.startswith(".") or file.name.lower() in (*IGNORED, *ignored):
+def _by_stem(folder: Path, problems: list[str], ignored: tuple[str, ...] = ()) -> dict[str, str]:
+    """Names of the image files of a folder by stem; stems that differ in nothing but suffix or case are a problem."""
+    found: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    for name in sorted(os.listdir(folder)):
+        if name.startswith(".") or name.lower() in (*IGNORED, *ignored):
             continue
-        other = taken.setdefault(file.stem.casefold(), file)
-        if file.suffix.lower() not in SUFFIXES:
-            problems.append(f"{file}: is not an image file ({', '.join(SUFFIXES)}); move it elsewhere")
+        stem, suffix = os.path.splitext(name)
+        other = taken.setdefault(stem.casefold(), name)
+        if suffix.lower() not in SUFFIXES:
+            problems.append(f"{folder / name}: is not an image file ({', '.join(SUFFIXES)}); move it elsewhere")
             continue
-        found.setdefault(file.stem, file)
-        if other is not file:
-            problems.append(f"{file}: has the stem of {other.name}; rename or remove one of them")
+        found.setdefault(stem, name)
+        if other != name:
+            problems.append(f"{folder / name}: has the stem of {other}; rename or remove one of them")
     return found
 
 
@@ -140,7 +145,7 @@ def group_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.name.lower() in GROUP_FILES)
 
 
-def _read_groups(folder: Path, root: Path, stems: Mapping[str, Path], problems: list[str]) -> dict[str, str]:
+def _read_groups(folder: Path, root: Path, stems: Mapping[str, str], problems: list[str]) -> dict[str, str]:
     """Stem -> group as the folder's groups file says; no file, no entries."""
     files = group_files(folder)
     if len(files) != 1:
@@ -183,4 +188,4 @@ def _merge_copies(cases: Sequence[Case]) -> tuple[Case, ...]:
     for case in cases:
         a, b = sorted((leader(case.group), leader(first.setdefault(case.image_sha256, case.group))))
         parent[b] = a
-    return tuple(replace(case, group=leader(case.group)) for case in cases)
+    return tuple(case if case.group == (found := leader(case.group)) else replace(case, group=found) for case in cases)
