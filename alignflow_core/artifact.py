@@ -22,18 +22,10 @@ def file_hash(file: Path) -> str:
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """Relative name -> SHA-256 of every file of a folder, sorted by name."""
-    return {name: file_hash(folder / name) for name in _names(folder)}
-
-
-def _names(folder: Path, prefix: str = "") -> Iterator[str]:
-    """Relative names of a folder's files, in order; names and no paths, of which a large folder would fill tens of megabytes."""
-    with os.scandir(folder) as entries:
-        found = sorted((entry.name, entry.is_dir(follow_symlinks=False), entry.is_file()) for entry in entries)
-    for name, is_folder, is_file in found:
-        if is_folder:
-            yield from _names(folder / name, f"{prefix}{name}/")
-        elif is_file:
-            yield prefix + name
+    # Names and no paths, of which a large folder would fill tens of megabytes.
+    found = (os.path.relpath(os.path.join(top, name), folder) for top, _, names in os.walk(folder) for name in names)
+    names = sorted(found, key=lambda name: name.split(os.sep))
+    return {name: file_hash(folder / name) for name in names if (folder / name).is_file()}
 
 
 def raw_hashes(path: Path) -> dict[str, str]:
