@@ -38,6 +38,8 @@ from alignflow_core.usage import sampled
 # Threads that wait for each other must sleep, not spin: on a machine with other work spinning made a step twenty times slower.
 # OpenMP reads this when torch is first imported, which stages do later.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# numpy's threads spin too, over matrices too small to share: with two of them evaluation took three times the CPU time.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 ACCELERATORS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))  # NVIDIA's and AMD's drivers
 

@@ -45,6 +45,9 @@ def parser() -> argparse.ArgumentParser:
     def add_quiet(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
+    def add_jobs(sub: argparse.ArgumentParser, what: str) -> None:
+        sub.add_argument("--jobs", type=_jobs, metavar="N", help=f"{what} built at once (default: cores / machine.threads)")
+
     def add_json(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--json", action="store_true", help="print JSON")
 
@@ -52,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of the run (default: runs/demo)")
     add_overrides(sub)
     add_quiet(sub)
+    add_jobs(sub, "stages")
 
     sub = add("phantom", phantom, "write the built-in data below DIR/data")
     sub.add_argument("dir", type=Path, metavar="DIR")
@@ -73,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     add_overrides(sub)
     add_quiet(sub)
+    add_jobs(sub, "stages")
 
     sub = add("paper", paper, "every comparator, rival and segmenter on equal terms; the paper's tables and figures as HTML, CSV and LaTeX")
     sub.add_argument("--task", required=True, help="phantom (built-in data), binary, refuge or labels")
@@ -84,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="runs below DIR/seed<N>, tables and figures in DIR/paper")
     add_overrides(sub)
     add_quiet(sub)
+    add_jobs(sub, "stages")
 
     sub = add("init", init, "a project of one's own: params.yaml, folders for the images, DVC and Dagster set up")
     sub.add_argument("--root", type=Path, default=Path("."), metavar="DIR", help="folder of the project (default: here)")
@@ -117,9 +123,10 @@ def parser() -> argparse.ArgumentParser:
                      help="reward=frechet,skl, encoder=statconv,flow, references.count=1,5,10, align.rho=0.1,1 or any other key of a target")
     sub.add_argument("--target", action="append", default=[], help="target to vary; may be given several times (default: all)")
     sub.add_argument("--grid", action="store_true", help="every combination of the axes instead of one axis at a time")
-    sub.add_argument("--run", action="store_true", help="then build everything in this process, as 'alignflow run' does")
+    sub.add_argument("--run", action="store_true", help="then build everything, as 'alignflow run' does")
     add_root(sub)
     add_quiet(sub)
+    add_jobs(sub, "stages")
 
     sub = add("plan", plan, "what is stale, and why")
     sub.add_argument("--check", action="store_true", help="exit code 3 if anything is stale")
@@ -131,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--stale", action="store_true", help="all that is stale and nothing else (the default)")
     what.add_argument("selection", nargs="?", metavar="SELECTION", help="Dagster asset selection, such as key:report")
     sub.add_argument("--target", help="only this target, with what it needs")
-    sub.add_argument("--jobs", type=int, metavar="N", help="domains and targets built at once (default: cores / machine.threads)")
+    add_jobs(sub, "domains and targets")
     add_root(sub)
 
     sub = add("sync", sync, "tell Dagster what a terminal 'dvc repro' has built")
@@ -197,7 +204,7 @@ def demo(options: argparse.Namespace) -> int:
     stop_on_sigterm()
     write_params(options.out / "params.yaml", options.overrides)
     local.write_builtin_data(options.out)
-    print(f"report: {local.run_all(options.out, options.quiet)}")
+    print(f"report: {local.run_all(options.out, options.quiet, options.jobs)}")
     return 0
 
 
@@ -220,7 +227,7 @@ def run(options: argparse.Namespace) -> int:
 
     stop_on_sigterm()
     local.prepare_run(local.Folders(options.source, _named_folders(options.target), options.references), options.task, options.out, options.overrides)
-    print(f"report: {local.run_all(options.out, options.quiet)}")
+    print(f"report: {local.run_all(options.out, options.quiet, options.jobs)}")
     return 0
 
 
@@ -237,8 +244,15 @@ def paper(options: argparse.Namespace) -> int:
     if (options.source is None) != (not options.target) or (options.source is not None and options.task == "phantom"):
         raise InputError("--source and --target go together, and neither goes with --task phantom")
     folders = None if options.source is None else Folders(options.source, _named_folders(options.target), options.references)
-    print(f"tables and figures: {build(folders, options.task, options.out, options.overrides, options.seeds, [*map(int, counts)], options.quiet)}")
+    page = build(folders, options.task, options.out, options.overrides, options.seeds, [*map(int, counts)], options.quiet, options.jobs)
+    print(f"tables and figures: {page}")
     return 0
+
+
+def _jobs(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of at least 1")
+    return int(text)
 
 
 def _named_folders(texts: list[str]) -> dict[str, Path]:
@@ -331,7 +345,7 @@ def ablate(options: argparse.Namespace) -> int:
         dvcfile.write(options.root)
     if options.run:
         stop_on_sigterm()
-        print(f"report: {local.run_all(options.root, options.quiet)}")
+        print(f"report: {local.run_all(options.root, options.quiet, options.jobs)}")
     return 0
 
 

@@ -1,5 +1,6 @@
-"""The inline runner: raw folders -> report in one process, with neither git nor DVC."""
+"""The inline runner: raw folders -> report, with neither git nor DVC."""
 
+import itertools
 import re
 import shutil
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 from alignflow_core.config import NAME_PATTERN, Task, build_project, load_project
 from alignflow_core.errors import InputError
-from alignflow_core.stages import artifact_dir, node_id
+from alignflow_core.stages import Stage, artifact_dir, node_id
 from alignflow_core.validation import nearest
 from pipelines.compose import compose, options, write_params
 
@@ -178,23 +179,35 @@ def write_builtin_data(root: Path) -> None:
     part.rmdir()
 
 
-def run_all(root: Path, quiet: bool = False) -> Path:
-    """Build every artifact of a project that is not up to date, in this process, and track it; returns the report's page.
+def run_all(root: Path, quiet: bool = False, jobs: int | None = None) -> Path:
+    """Build every artifact of a project that is not up to date, and track it; returns the report's page.
 
-    A stage interrupted earlier continues where it stopped. One line a stage goes to stderr.
+    Stages that do not need each other are built side by side, ``jobs`` at once (as many as the cores hold ``machine.threads`` if not given; one
+    is built in this process). A stage interrupted earlier continues where it stopped. One line a stage goes to stderr.
     """
-    from alignflow_core.runner import run_stage
     from pipelines.tracking import attempt
+    from pipelines.workers import build_side_by_side, default_jobs
 
-    nodes = list(load_project(root / "params.yaml").graph.nodes())
-    width = max(len(node_id(stage.name, key)) for stage, key in nodes)
-    for number, (stage, key) in enumerate(nodes, 1):
-        started = time.monotonic()
-        ran = run_stage(root, stage.name, key, quiet=quiet)
-        lost = attempt(root, stage.name, key)  # also of a stage found up to date: it may have been interrupted before it was tracked
+    project = load_project(root / "params.yaml")
+    nodes = list(project.graph.nodes())
+    width, count = max(len(node_id(stage.name, key)) for stage, key in nodes), itertools.count(1)
+
+    def built(node: tuple[Stage, str | None], ran: bool, seconds: float) -> None:
+        name = node_id(node[0].name, node[1])
+        lost = attempt(root, node[0].name, node[1])  # also of a stage found up to date: it may have been interrupted before it was tracked
         if lost:
-            print(f"{node_id(stage.name, key)}: {lost}; the same command makes up for it", file=sys.stderr, flush=True)
+            print(f"{name}: {lost}; the same command makes up for it", file=sys.stderr, flush=True)
         if not quiet:
-            state = f"built in {time.monotonic() - started:.1f} s" if ran else "up to date"
-            print(f"[{number:2d}/{len(nodes)}] {node_id(stage.name, key):{width}}  {state}", file=sys.stderr, flush=True)
+            state = f"built in {seconds:.1f} s" if ran else "up to date"
+            print(f"[{next(count):2d}/{len(nodes)}] {name:{width}}  {state}", file=sys.stderr, flush=True)
+
+    jobs = jobs or default_jobs(project)
+    if jobs > 1:
+        build_side_by_side(root, project, jobs, quiet, built)
+    else:
+        from alignflow_core.runner import run_stage
+
+        for stage, key in nodes:
+            started = time.monotonic()
+            built((stage, key), run_stage(root, stage.name, key, quiet=quiet), time.monotonic() - started)
     return root / artifact_dir("report", None) / "index.html"

@@ -32,13 +32,14 @@ COUNTS = (1, 5, 20)
 
 
 def build(folders: local.Folders | None, task: str, out: Path, overrides: Sequence[str], seeds: int = 1, counts: Sequence[int] = COUNTS,
-          quiet: bool = False) -> Path:
+          quiet: bool = False, jobs: int | None = None) -> Path:
     """Build all runs and write ``out/paper``; returns its page.
 
     Args:
         folders: raw folders, ``None`` for the built-in data (task ``phantom``).
         seeds: runs with generator seeds 0, 1, …, each in ``out/seed<N>``.
         counts: numbers of references of the curve, for the first target.
+        jobs: as for ``local.run_all``.
 
     Raises:
         InputError: bad folders or settings; nothing is built then.
@@ -51,7 +52,7 @@ def build(folders: local.Folders | None, task: str, out: Path, overrides: Sequen
     for seed, root in enumerate(roots):
         prepare(folders, task, root, [*overrides, f"seed={seed}"], counts)
     for root in roots:
-        local.run_all(root, quiet)
+        local.run_all(root, quiet, jobs)
     return write(roots, out / "paper")
 
 
@@ -79,6 +80,16 @@ def with_rivals(targets: dict[str, Any], comparators: dict[str, Any], counts: Se
         if not number:
             changes |= {f"count{count}": {"references": {"count": count, "dir": None, "file": None}} for count in counts
                         if count != target["references"]["count"]}
-        found |= {f"{name}-{word}": merged(merged(target, {"arms": ARMS, "variant_of": name}), change) for word, change in changes.items()}
+        found |= {f"{name}-{word}": merged(merged(target, {"arms": ARMS, "variant_of": name} | _equal_time(target, change)), change)
+                  for word, change in changes.items()}
     return found
+
+
+def _equal_time(target: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """Steps of a rival without recoloured pairs: as many more as the time of those allows, in which five without the reward are one with it."""
+    align = target["align"] | change.get("align", {})
+    if align["recolour"]:
+        return {}
+    more = align["recolour_steps"] if align["rho"] == 0 else align["recolour_steps"] // 5
+    return {"align": {"training": {"steps": target["align"]["training"]["steps"] + more}}}
 

@@ -132,7 +132,7 @@ def test_interruption_is_exit_code_130(phantom_root: Path, tmp_path: Path, monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr("alignflow_core.runner.run_stage", interrupted)
-    assert main(run_arguments(phantom_root, tmp_path / "out")) == 130
+    assert main([*run_arguments(phantom_root, tmp_path / "out"), "--jobs", "1"]) == 130
     assert "the same command continues" in capsys.readouterr().err
 
 

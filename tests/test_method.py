@@ -160,7 +160,8 @@ def test_the_reward_comes_after_the_recoloured_pairs(built: dict[str, Path], tmp
     assert steps == set(range(1, before + 5))
     gates = pd.read_parquet(tmp_path / "out" / "gates.parquet")
     assert gates["step"].tolist() == ([0, 2, 4, 5, 5, 7, 9, 10] if before else [0, 2, 2, 4])  # two rounds
-    assert {step for step in steps if "reward" in seen[step]} == ({2, 4, 5, 7, 8, 9, 10} if before else steps), "looks and steps that the reward takes part in"
+    rewarded = {step for step in steps if "reward" in seen[step]}
+    assert rewarded == ({2, 4, 5, 7, 8, 9, 10} if before else steps), "looks, and steps that the reward takes part in"
 
 
 PRIVATE: dict[str, Any] = {"privacy": Privacy(epsilon=30.0), "recolour": False}
