@@ -47,15 +47,21 @@ def build_side_by_side(root: Path, project: Project, jobs: int, quiet: bool, bui
     graph = project.graph
     waiting = {node_id(stage.name, key): ((stage, key), {node_id(*each) for each in graph.inputs(stage, key).values()})
                for stage, key in graph.nodes()}
+    far = dict.fromkeys(waiting, 0)  # how long a chain of stages waits for a node: the longest goes first
+    for name, (_, needed) in reversed(waiting.items()):
+        far |= {each: max(far[each], far[name] + 1) for each in needed}
     running: dict[Future[tuple[bool, float]], Node] = {}
     failed: list[tuple[Node, BaseException]] = []
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
     try:
         while running or (waiting and not failed):
-            ready = [] if failed else [name for name, (_, needed) in waiting.items() if not needed][:jobs - len(running)]
-            for name in ready:
+            ready = [] if failed else sorted((name for name, (_, needed) in waiting.items() if not needed), key=far.__getitem__, reverse=True)
+            for name in ready[:jobs - len(running)]:
                 node, _ = waiting.pop(name)
-                running[pool.submit(_build, root, node[0].name, node[1], quiet)] = node
+                try:
+                    running[pool.submit(_build, root, node[0].name, node[1], quiet)] = node
+                except BrokenProcessPool as error:  # killed while it had nothing to do
+                    failed.append((node, error))
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 node, error = running.pop(future), future.exception()
                 if error is not None:
