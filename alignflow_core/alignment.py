@@ -162,8 +162,13 @@ class Alignment:
         return section("best", state), rows, verdict
 
     def _best(self, looks: Tensor) -> int:
-        """Row of the highest held-out reward among the looks that kept every gate."""
-        return max(self._kept(looks), key=lambda row: float(looks[row, COLUMNS.index("held_out_reward")]))
+        """Row of the highest held-out reward among the looks that kept every gate.
+
+        Of those before the reward takes part only the last counts: an earlier one may be nearer by chance, and has learnt less.
+        """
+        kept = self._kept(looks)
+        before = [row for row in kept[1:] if looks[row, 0] <= self.settings.rewardless_steps]
+        return max((row for row in kept if row not in before[:-1]), key=lambda row: float(looks[row, COLUMNS.index("held_out_reward")]))
 
     def _kept(self, looks: Tensor) -> list[int]:
         """Rows of the looks that kept every gate; the round's start is always one of them."""

@@ -60,8 +60,8 @@ def build_side_by_side(root: Path, project: Project, jobs: int, quiet: bool, bui
                 node, _ = waiting.pop(name)
                 try:
                     running[pool.submit(_build, root, node[0].name, node[1], quiet)] = node
-                except BrokenProcessPool as error:  # killed while it had nothing to do
-                    failed.append((node, error))
+                except BrokenProcessPool as broken:  # killed while it had nothing to do
+                    failed.append((node, broken))
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 node, error = running.pop(future), future.exception()
                 if error is not None:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from alignflow_core import align, alignment_private, filtering, image_flow, labeller, mask_flow, sample, segment
+from alignflow_core import align, alignment, alignment_private, filtering, image_flow, labeller, mask_flow, sample, segment
 from alignflow_core.artifact import read_json
 from alignflow_core.checkpoint import load_tensors
 from alignflow_core.config import (
@@ -162,6 +162,17 @@ def test_the_reward_comes_after_the_recoloured_pairs(built: dict[str, Path], tmp
     assert gates["step"].tolist() == ([0, 2, 4, 5, 5, 7, 9, 10] if before else [0, 2, 2, 4])  # two rounds
     rewarded = {step for step in steps if "reward" in seen[step]}
     assert rewarded == ({2, 4, 5, 7, 8, 9, 10} if before else steps), "looks, and steps that the reward takes part in"
+
+
+@pytest.mark.parametrize(("rewards", "copies", "best"), [
+    ([-2.0, -0.5], [1, 1], 1), ([-2.0, -0.5, -0.9], [1, 1, 1], 2), ([-2.0, -0.5, -0.9, -0.8], [1, 1, 1, 1], 3),
+    ([-2.0, -0.5, -0.7, -0.8], [1, 1, 1, 1], 2),
+    ([-0.4, -0.5, -0.9], [1, 1, 1], 0), ([-2.0, -0.5, -0.9], [1, 1, 0.5], 1), ([-2.0, -0.5], [1, 0.5], 0)])
+def test_of_the_looks_before_the_reward_only_the_last_that_kept_the_gates_counts(rewards: list[float], copies: list[float], best: int) -> None:
+    looks = torch.tensor([[10 * row, 0, reward, 0, 1, 1, 1, copy] for row, (reward, copy) in enumerate(zip(rewards, copies, strict=True))])
+    aligning = SimpleNamespace(settings=dataclasses.replace(CONFIG.align, recolour_steps=20))
+    aligning._kept = lambda seen: alignment.Alignment._kept(aligning, seen)  # type: ignore[arg-type]
+    assert alignment.Alignment._best(aligning, looks) == best  # type: ignore[arg-type]
 
 
 PRIVATE: dict[str, Any] = {"privacy": Privacy(epsilon=30.0), "recolour": False}
