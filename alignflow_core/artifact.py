@@ -22,7 +22,7 @@ def file_hash(file: Path) -> str:
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """Relative name -> SHA-256 of every file of a folder, sorted by name."""
-    # Names and no paths, of which a large folder would fill tens of megabytes.
+    # Names and no paths: there may be very many.
     found = (os.path.relpath(os.path.join(top, name), folder) for top, _, names in os.walk(folder) for name in names)
     names = sorted(found, key=lambda name: name.split(os.sep))
     return {name: file_hash(folder / name) for name in names if (folder / name).is_file()}
