@@ -167,7 +167,7 @@ class Alignment:
         Of those before the reward takes part only the last counts: an earlier one may be nearer by chance, and has learnt less.
         """
         kept = self._kept(looks)
-        before = [row for row in kept[1:] if looks[row, 0] <= self.settings.rewardless_steps]
+        before = [row for row in kept[1:] if looks[row, COLUMNS.index("step")] <= self.settings.rewardless_steps]
         return max((row for row in kept if row not in before[:-1]), key=lambda row: float(looks[row, COLUMNS.index("held_out_reward")]))
 
     def _kept(self, looks: Tensor) -> list[int]:

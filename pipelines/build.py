@@ -1,6 +1,5 @@
 """Build what is stale, and only that, through Dagster: one run a lane, lanes that do not need each other side by side."""
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -11,6 +10,7 @@ from alignflow_core.errors import InputError, StageError
 from alignflow_core.stages import STAGES, node_id
 from pipelines.lane import build_lane, build_lane_apart
 from pipelines.plan import Lane, Node, lanes, stale_nodes, upstream_lanes
+from pipelines.workers import default_jobs
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -60,7 +60,7 @@ def materialize(root: Path, selection: str | None = None, target: str | None = N
         if selection is None:  # a lane that is up to date and reads from none that is not need not be looked at again
             stale = {node_id(stage.name, key) for stage, key in stale_nodes(project, root, nodes)}
             todo = {lane: own for lane, own in todo.items() if any(node_id(stage.name, key) in stale for stage, key in own)}
-        return in_order(project, todo, build, 1 if mode == "inline" else jobs or max(1, len(os.sched_getaffinity(0)) // project.machine.threads))
+        return in_order(project, todo, build, 1 if mode == "inline" else jobs or default_jobs(project))
 
 
 def in_order(project: Project, todo: dict[Lane, list[Node]], build: Callable[[Lane, list[Node], bool], list[str]], jobs: int) -> list[str]:

@@ -12,9 +12,10 @@ from typing import Any
 
 from alignflow_core.config import NAME_PATTERN, Task, build_project, load_project
 from alignflow_core.errors import InputError
-from alignflow_core.stages import Stage, artifact_dir, node_id
+from alignflow_core.stages import artifact_dir, node_id
 from alignflow_core.validation import nearest
 from pipelines.compose import compose, options, write_params
+from pipelines.plan import Node
 
 MOMENTS_SUFFIX = ".safetensors"
 # Of ``align``: without what needs the references' images, and with a reward that pulls as hard as it must alone (docs/decisions/0009).
@@ -192,7 +193,7 @@ def run_all(root: Path, quiet: bool = False, jobs: int | None = None) -> Path:
     nodes = list(project.graph.nodes())
     width, count = max(len(node_id(stage.name, key)) for stage, key in nodes), itertools.count(1)
 
-    def built(node: tuple[Stage, str | None], ran: bool, seconds: float) -> None:
+    def built(node: Node, ran: bool, seconds: float) -> None:
         name = node_id(node[0].name, node[1])
         lost = attempt(root, node[0].name, node[1])  # also of a stage found up to date: it may have been interrupted before it was tracked
         if lost:

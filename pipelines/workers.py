@@ -18,9 +18,9 @@ from typing import Any
 
 from alignflow_core.config import Project
 from alignflow_core.errors import InputError, StageError
-from alignflow_core.stages import Stage, node_id
+from alignflow_core.stages import node_id
+from pipelines.plan import Node
 
-Node = tuple[Stage, str | None]
 STOP_SECONDS = 10.0  # for a training to save its state
 STOPPED = 128 + signal.SIGTERM
 

@@ -18,7 +18,8 @@ from alignflow_core.config import load_project
 from alignflow_core.errors import InputError, StageError
 from alignflow_core.stages import STAGES, node_id
 from pipelines.compose import write_params
-from pipelines.workers import STOP_SECONDS, Node, build_side_by_side
+from pipelines.plan import Node
+from pipelines.workers import STOP_SECONDS, build_side_by_side
 
 LONG = ["profile=smoke", "image_flow.training.steps=1000000", "image_flow.training.save_every=1000000"]
 FEW: list[Node] = [(STAGES["data"], "standard"), (STAGES["data"], "amber"), (STAGES["references"], "amber"), (STAGES["data"], "violet")]
