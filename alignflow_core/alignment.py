@@ -38,7 +38,7 @@ from alignflow_core.seeding import derive_seed, generator
 from alignflow_core.segmenter_fit import Diet, fit
 
 CALIBRATION_BATCHES = 4
-PROBE_REPEATS = 4
+PROBE_REPEATS = 2  # two tell how far samples of a mask differ; more masks tell more of everything else
 RECOLOURED = 0.75  # of the denoising loss
 SPECTRUM_IMAGES = 64
 COLUMNS = ("step", "round", "held_out_reward", "reward", *RATIOS)
@@ -156,7 +156,8 @@ class Alignment:
         rows = pd.DataFrame(state["looks"].numpy(), columns=list(COLUMNS)).astype({"step": "int64", "round": "int64"})
         rows["failed"] = ["; ".join(failures(dict(zip(RATIOS, row, strict=True)), settings.gates)) for row in rows[list(RATIOS)].to_numpy().tolist()]
         best, last = self._best(state["looks"]), int(rows["step"].iloc[-1])
-        reason = "all steps are done" if last == first + steps else f"the held-out reward has not risen for {settings.patience} looks"
+        reason = "all steps are done" if last == first + steps else \
+            f"in {settings.patience} looks the held-out reward has not risen with all gates kept"
         verdict = {"round": number, "ended_at": last, "best_step": int(rows["step"][best]), "ended_because": reason,
                    "refused": sorted({reason for reason in rows["failed"][best + 1:] if reason}) if settings.gates.hold else []}
         return section("best", state), rows, verdict

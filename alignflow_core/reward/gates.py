@@ -1,5 +1,6 @@
 """What is watched during alignment, on a fixed set of (mask, noise), and the limits that it must keep."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from alignflow_core.flow.path import VelocityModel
 from alignflow_core.metrics.copying import distances, thumbnails
 
 RATIOS = ("diversity_ratio", "velocity_ratio", "agreement_ratio", "copy_ratio")
+COPY = 0.05  # distance between thumbnails below which an image is a copy, and nearer makes no difference
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,30 @@ class Probe:
 
 
 def closeness(images: np.ndarray, aligning: np.ndarray, held_out: np.ndarray | None) -> float:
-    """Median distance of images to the nearest reference they were aligned to, over that to the nearest held-out one.
+    """How much nearer images come to the references they were aligned to than to held-out ones: 1 is no copying, whatever the look.
 
-    A model that copies comes nearer to the former alone; one that takes on the target's look comes nearer to both.
-    Without held-out references the plain distance. Images uint8 [N, H, W, 3], compared as standardised thumbnails.
+    Geometric mean over images of (distance to the nearest aligning reference) / (distance to the nearest held-out one), over what the
+    same references would give if divided at random: the aligning ones are more, so that the nearest of them is nearer by chance alone
+    to any image that looks like the target. Without held-out references the plain distance. Images uint8 [N, H, W, 3], compared as
+    standardised thumbnails.
     """
-    small = thumbnails(images)
-    near = distances(small, thumbnails(aligning)).min(1)
+    small, n = thumbnails(images), len(aligning)
+    near = _logs(small, aligning)
     if held_out is None:
-        return float(np.median(near))
-    return float(np.median(near / np.maximum(distances(small, thumbnails(held_out)).min(1), 1e-9)))
+        return float(np.exp(near.min(1).mean()))
+    both = np.concatenate([near, _logs(small, held_out)], 1)
+    by_chance = np.sort(both, 1) @ (_nearest_of(n, len(both[0])) - _nearest_of(len(held_out), len(both[0])))
+    return float(np.exp((both[:, :n].min(1) - both[:, n:].min(1) - by_chance).mean()))
+
+
+def _logs(small: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Logarithms of the distances from thumbnails to references, [N, M]."""
+    return np.log(np.maximum(distances(small, thumbnails(references)), COPY))
+
+
+def _nearest_of(m: int, n: int) -> np.ndarray:
+    """Probability that the nearest of m references, drawn at random from n, is the k-th nearest of all, [n]."""
+    return np.array([math.comb(n - 1 - k, m - 1) for k in range(n)]) / math.comb(n, m)
 
 
 def failures(ratios: dict[str, float], limits: Gates) -> list[str]:
