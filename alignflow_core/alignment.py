@@ -78,7 +78,7 @@ class Alignment:
         self.objective = Objective(Standardised(encoder, self.images, self._regions(self.labels)), self.settings)
         self.probe, self.probe_labels = self._probe()
         self.given = self._given()
-        self.steps = self.settings.rewardless_steps + self.settings.training.steps
+        self.steps = self.settings.rewardless_steps + self.settings.rewarded_steps
 
     def run(self, out_dir: Path) -> dict[str, float]:
         """All rounds; writes what ``align.run`` says."""

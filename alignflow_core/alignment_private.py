@@ -29,7 +29,7 @@ class PrivateAlignment(Alignment):
 
     def __init__(self, config: Any, inputs: dict[str, Path], context: Any) -> None:
         super().__init__(config, inputs, context)
-        self.private = PrivateSum(self.settings.privacy, self.settings.training.steps, self._salt())
+        self.private = PrivateSum(self.settings.privacy, self.settings.rewarded_steps, self._salt())
 
     def _salt(self) -> str:
         """New whenever anything that the weights depend on is.

@@ -25,6 +25,7 @@ ARMS = ("source", "source+colour", "reinhard", "fourier", "stage1", "stage1+colo
         "references-labelled", "oracle")
 
 COLOUR = "+colour"  # suffix of an arm under strong colour augmentation; a comparator's arms are its name without and with it
+REWARD_COST = 5  # steps of the denoising loss alone that one with the reward takes the time of (64 px; twice as many at 48)
 
 
 def in_order(arms: typing.Iterable[str]) -> tuple[str, ...]:
@@ -304,7 +305,8 @@ class Align:
         rounds: with ``pseudo``, the steps are shared by so many rounds; before each but the first the segmenter is retrained on
             ``relabel_pairs`` aligned pairs (``relabel``) and labels the references anew.
         recolour: three quarters of the denoising loss are taken in the target's domain, on source pairs in the references' colours (by region).
-        recolour_steps: with ``recolour``, steps of the denoising loss alone before the ``training.steps`` in which the reward takes part.
+        recolour_steps: with ``recolour``, steps of the denoising loss alone before the ``training.steps`` in which the reward takes part;
+            without (moments, a privacy budget), a fifth as many more of the latter, which take as long.
         denoise: data of the denoising loss: ``source`` (default), ``references`` (without masks) or ``none`` (the reward alone).
         gradient: ``sparse`` (default), ``last_k``, ``one_step`` or ``full``; ``k`` network calls carry gradient.
         n_steps: solver steps of the rollout.
@@ -374,6 +376,12 @@ class Align:
     def rewardless_steps(self) -> int:
         """Steps before the reward takes part: none where no pairs are recoloured."""
         return self.recolour_steps if self.recolour and self.denoise == "source" else 0
+
+    @property
+    def rewarded_steps(self) -> int:
+        """The steps after those: where no pairs are recoloured as many more as cost the same time, all of them if there is no reward either."""
+        instead = self.recolour_steps - self.rewardless_steps
+        return self.training.steps + (instead if self.rho == 0 else instead // REWARD_COST)
 
     def _refuse_leaks(self) -> None:
         """With a budget, the weights may depend on the references through noised gradients alone."""

@@ -80,16 +80,6 @@ def with_rivals(targets: dict[str, Any], comparators: dict[str, Any], counts: Se
         if not number:
             changes |= {f"count{count}": {"references": {"count": count, "dir": None, "file": None}} for count in counts
                         if count != target["references"]["count"]}
-        found |= {f"{name}-{word}": merged(merged(target, {"arms": ARMS, "variant_of": name} | _equal_time(target, change)), change)
+        found |= {f"{name}-{word}": merged(merged(target, {"arms": ARMS, "variant_of": name}), change)
                   for word, change in changes.items()}
     return found
-
-
-def _equal_time(target: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """Steps of a rival without recoloured pairs: as many more as the time of those allows, in which five without the reward are one with it."""
-    align = target["align"] | change.get("align", {})
-    if align["recolour"]:
-        return {}
-    more = align["recolour_steps"] if align["rho"] == 0 else align["recolour_steps"] // 5
-    return {"align": {"training": {"steps": target["align"]["training"]["steps"] + more}}}
-

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from alignflow_core.config import Evaluate
+from alignflow_core.config import Align, Evaluate, Training
 from alignflow_core.paper import MEAN, downstream_page, mean_of_targets
 from pipelines.cli import main
 from pipelines.paper import RIVALS, with_rivals
@@ -46,12 +46,13 @@ def test_stars_say_whether_the_interval_excludes_0() -> None:
 def test_rivals_are_variants_and_counts_belong_to_the_first_target() -> None:
     target = {"domain": "x", "references": {"count": 10, "dir": "refs"},
               "align": {"reward": "frechet", "recolour": True, "recolour_steps": 100, "rho": 0.3, "training": {"steps": 40}}}
+    short = Training(steps=40)
     found = with_rivals({"a": target, "b": target}, {"controlnet-flow": {}}, [1, 10])
     assert set(found) == {"a", "b", "a-count1", *(f"{name}-{word}" for name in "ab" for word in RIVALS)}
     assert found["a-count1"]["references"] == {"count": 1, "dir": None, "file": None}
     assert found["b-alignprop"]["variant_of"] == "b" and found["b-alignprop"]["align"]["denoise"] == "none"
     assert "a-controlnet-flow-aligned" not in with_rivals({"a": target}, {}, [])
-    steps = {word: found[f"b-{word}"]["align"]["training"]["steps"] for word in RIVALS}
+    steps = {word: Align(**(found[f"b-{word}"]["align"] | {"training": short})).rewarded_steps for word in RIVALS}
     assert steps == {"alignprop": 60, "refl": 60, "skl-last-step": 60, "finetuned": 140, "controlnet-flow-aligned": 40}, "the time of ours"
 
 
