@@ -3,11 +3,12 @@
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,26 +23,31 @@ def file_hash(file: Path) -> str:
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """Relative name -> SHA-256 of every file of a folder, sorted by name."""
+    return dict(_each_file(folder))
+
+
+def _each_file(folder: Path) -> Iterator[tuple[str, str]]:
+    """What :func:`file_hashes` holds, one by one."""
     # Names and no paths: there may be very many.
     found = (os.path.relpath(os.path.join(top, name), folder) for top, _, names in os.walk(folder) for name in names)
-    names = sorted(found, key=lambda name: name.split(os.sep))
-    return {name: file_hash(folder / name) for name in names if (folder / name).is_file()}
+    names = sorted(found, key=lambda name: name.replace(os.sep, "\0"))  # by parts, without a list for each
+    return ((name, file_hash(folder / name)) for name in names if (folder / name).is_file())
 
 
-def raw_hashes(path: Path) -> dict[str, str]:
-    """:func:`file_hashes` of a raw folder; of a raw file its name and hash."""
-    return {path.name: file_hash(path)} if path.is_file() else file_hashes(path)
+def raw_hashes(path: Path) -> Iterator[tuple[str, str]]:
+    """Names and hashes of a raw folder's files as in :func:`file_hashes`; of a raw file its name and hash."""
+    return iter([(path.name, file_hash(path))]) if path.is_file() else _each_file(path)
 
 
 def tree_hash(folder: Path) -> str:
     """SHA-256 over the sorted relative names and contents of a folder (or of one file)."""
-    return file_hash(folder) if folder.is_file() else listing_hash(file_hashes(folder))
+    return file_hash(folder) if folder.is_file() else listing_hash(_each_file(folder))
 
 
-def listing_hash(listing: Mapping[str, str]) -> str:
-    """The :func:`tree_hash` of a folder whose :func:`file_hashes` are known."""
+def listing_hash(listing: Iterable[tuple[str, str]]) -> str:
+    """The :func:`tree_hash` of a folder of these names and hashes."""
     digest = hashlib.sha256()
-    for name, content in listing.items():
+    for name, content in listing:
         digest.update(f"{name}\0{content}\n".encode())
     return digest.hexdigest()
 
@@ -51,12 +57,17 @@ def json_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file that gets its name when all of it is on the disk: no reader sees half of it, and none is left by a loss of power."""
+def write_whole(file: Path, content: bytes | Iterable[bytes]) -> None:
+    """Write a file that gets its name when all of it is on the disk: no reader sees half of it, and none is left by a loss of power.
+
+    Args:
+        content: all of it, or its pieces in order.
+    """
     part = file.with_name(f".{file.name}.part{os.getpid()}")
     try:
         with part.open("wb") as stream:
-            stream.write(content)
+            for piece in (content,) if isinstance(content, bytes) else content:
+                stream.write(piece)
             stream.flush()
             os.fsync(stream.fileno())
         part.replace(file)
@@ -68,7 +79,8 @@ def write_whole(file: Path, content: bytes) -> None:
 def write_json(file: Path, value: Any) -> None:
     """Write indented JSON with sorted keys."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+    pieces = json.JSONEncoder(indent=1, sort_keys=True).iterencode(value)  # provenance names every raw file: never as one string
+    write_whole(file, itertools.chain((piece.encode() for piece in pieces), (b"\n",)))
 
 
 def read_json(file: Path) -> Any:

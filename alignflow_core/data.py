@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SPLITS = ("train", "val", "test")
+ROW_GROUP = 1024  # rows that are written at once
 KEY_FILE = "site_key.json"  # which key the ids are of
 REFERENCE_COLUMNS = {"case_id": "str", "domain": "str", "group": "str", "role": "str", "labelled": "bool", "image_sha256": "str", "width": "int64",
                      "height": "int64"}
@@ -66,7 +67,7 @@ def run_data(config: Any, inputs: Mapping[str, Path], out_dir: Path, context: An
     table = _table(listing.cases, context.key)
     table.insert(3, "split", [split_of[case.group] for case in listing.cases])
     table.insert(5, "mask_sha256", [case.mask_sha256 for case in listing.cases])
-    table.to_parquet(out_dir / "manifest.parquet", index=False)
+    table.to_parquet(out_dir / "manifest.parquet", index=False, row_group_size=ROW_GROUP)
     write_json(out_dir / KEY_FILE, {"key_check": key_check()})
     counts = table["split"].value_counts()
     sizes = {f"n_{split}": float(counts.get(split, 0)) for split in SPLITS}

@@ -20,7 +20,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -165,9 +165,17 @@ def code_hash(stage_name: str, chosen: Iterable[str] = ()) -> str:
     return json_hash(code_files(stage_name, chosen))
 
 
-def opaque(listing: Mapping[str, str]) -> dict[str, str]:
-    """:func:`file_hashes` with keyed hashes of the file names (they can be names of patients) below their open folder, and shortened contents."""
-    return {f"{PurePosixPath(name).parent}/{pseudonym('file', name, 12)}": content[:16] for name, content in listing.items()}
+def listed(path: Path) -> tuple[str, dict[str, str]]:
+    """Hash of a raw folder or file, and what provenance keeps of its files, in one pass: keyed hashes of the names (they can be names of
+    patients) below their open folder -> shortened contents."""
+    kept: dict[str, str] = {}
+
+    def keeping() -> Iterator[tuple[str, str]]:
+        for name, content in raw_hashes(path):
+            kept[f"{PurePosixPath(name).parent}/{pseudonym('file', name, 12)}"] = content[:16]
+            yield name, content
+
+    return listing_hash(keeping()), kept
 
 
 def plan_stage(project: Project, root: Path, stage: Stage, key: str | None) -> Plan:
@@ -186,8 +194,7 @@ def plan_stage(project: Project, root: Path, stage: Stage, key: str | None) -> P
     for dotted, path in raw_dirs(project, stage, key, root).items():
         if not raw_exists(dotted, path):
             raise InputError(f"{path}: no such {raw_kind(dotted)} ({dotted}); create it or correct the path")
-        listing = raw_hashes(path)
-        raw[dotted], raw_files[dotted] = listing_hash(listing), opaque(listing)
+        raw[dotted], raw_files[dotted] = listed(path)
     params = stage_params(project, stage, key)
     files = code_files(stage.name, chosen_files(project, stage, key).values())
     code = json_hash(files)
@@ -217,6 +224,7 @@ def run_stage(root: Path, name: str, key: str | None = None, *, force: bool = Fa
         InputError: bad configuration, key, input or lock; a package below its floor.
     """
     refuse_old_packages()
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # Arrow's own keeps what small tables leave: a tenth of ingest's memory
     root = root.resolve()
     if name not in STAGES:
         raise InputError(f"stage '{name}': unknown; valid: {', '.join(STAGES)}")

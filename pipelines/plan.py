@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignflow_core.artifact import json_hash, listing_hash, raw_hashes, read_json, tree_hash
+from alignflow_core.artifact import json_hash, read_json, tree_hash
 from alignflow_core.config import Project, load_project
-from alignflow_core.runner import chosen_files, code_files, opaque, provenance_file, raw_dirs, raw_exists, raw_kind, stage_params
+from alignflow_core.runner import chosen_files, code_files, listed, provenance_file, raw_dirs, raw_exists, raw_kind, stage_params
 from alignflow_core.stages import STAGES, Stage, artifact_dir, node_id
 
 Node = tuple[Stage, str | None]
@@ -154,10 +154,10 @@ def _changed_files(recorded: Mapping[str, Any], dotted: str, raw: Path, root: Pa
     if not raw_exists(dotted, raw):
         yield f"raw {raw_kind(dotted)} {place} ({dotted}) is missing"
         return
-    listing = raw_hashes(raw)
-    if recorded["raw"].get(dotted) == listing_hash(listing):
+    content, now = listed(raw)
+    if recorded["raw"].get(dotted) == content:
         return
-    before, now = recorded.get("raw_files", {}).get(dotted), opaque(listing)
+    before = recorded.get("raw_files", {}).get(dotted)
     if before is None:
         yield f"reads other files now, those of {place}"
         return

@@ -271,7 +271,7 @@ TABLE: dict[str, list[tuple[str, str, str | None, tuple[str, ...]]]] = {
     "artifact.py": [
         ("bytes on the disk", "os.fsync(stream.fileno())", "pass",
          BY_NAME),
-        ("all bytes on the disk", "stream.write(content)\n            stream.flush()", "stream.write(content)",
+        ("all bytes on the disk", "stream.write(piece)\n            stream.flush()", "stream.write(piece)",
          last(WHOLE_FILES.format("write_json"))),
         ("nothing written in place", 'part = file.with_name(f".{file.name}.part{os.getpid()}")', "part = file",
          BY_NAME),
