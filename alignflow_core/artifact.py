@@ -71,7 +71,7 @@ def write_whole(file: Path, content: bytes | Iterable[bytes]) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         part.replace(file)
-    except OSError:
+    except BaseException:  # pieces may fail too, when they are made
         part.unlink(missing_ok=True)
         raise
 

@@ -130,8 +130,7 @@ def _by_stem(folder: Path, problems: list[str], ignored: tuple[str, ...] = ()) -
         if name.startswith(".") or name.lower() in (*IGNORED, *ignored):
             continue
         stem, suffix = os.path.splitext(name)
-        folded = stem.casefold()
-        other = taken.setdefault(stem if folded == stem else folded, name)  # no second copy of a stem: there may be very many
+        other = taken.setdefault(stem.casefold(), name)
         if suffix.lower() not in SUFFIXES:
             problems.append(f"{folder / name}: is not an image file ({', '.join(SUFFIXES)}); move it elsewhere")
             continue

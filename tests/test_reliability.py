@@ -441,6 +441,12 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
     record_property("figure", ("disk full at 20 fill levels", "20/20: state intact, path and size named"))
 
 
+def test_what_cannot_be_written_as_json_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "metrics.json", {"dice": 1.0, "why": object()})
+    assert not list(tmp_path.iterdir())
+
+
 def test_too_little_space_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000})())
     with pytest.raises(InputError, match=r"MiB are needed to save the work and 0\.0 MiB are free"):
