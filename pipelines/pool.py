@@ -53,7 +53,7 @@ def _refuse_other_images(values: pd.DataFrame) -> None:
 
 def _tables(values: pd.DataFrame, settings: Evaluate) -> list[str]:
     table = compare(values, settings, seed=0)
-    gap = gap_closed(table).query("metric == 'dice'").set_index(["target", "segmenter", "arm"])["gap_closed"]
+    gap = gap_closed(table).query("metric == 'dice'").dropna(subset="gap_closed")
     per_seed = values[values["metric"] == "dice"].groupby(["target", "segmenter", "arm", "generator_seed", "segmenter_seed"])["value"].mean()
     several = table["segmenter"].nunique() > 1
     lines = []
@@ -64,20 +64,22 @@ def _tables(values: pd.DataFrame, settings: Evaluate) -> list[str]:
         own = values[(values["target"] == target) & (values["segmenter"] == segmenter)]
         baselines = list(dict.fromkeys(dice["baseline"]))
         counts = [own[f"{kind}_seed"].nunique() for kind in ("generator", "segmenter")]
-        versus_all = " | ".join(f"minus `{name}` [95 %]" for name in baselines)
+        versus_all = "".join(f" minus `{name}` [95 %] |" for name in baselines)
+        shares = gap[(gap["target"] == target) & (gap["segmenter"] == segmenter)].set_index("arm")["gap_closed"].to_dict()  # none without an oracle
         name = f"{target}, {segmenter}" if several else target
         lines += [f"**{name}**: {dice['n'].iloc[0]} test units, {counts[0]} generator × {counts[1]} segmenter seeds", "",
-                  f"| arm | Dice [95 %] | ± over seeds | IoU | HD95 px | {versus_all} | gap closed |",
-                  "|---" * (6 + len(baselines)) + "|"]
+                  f"| arm | Dice [95 %] | ± over seeds | IoU | HD95 px |{versus_all}{' gap closed |' if shares else ''}",
+                  "|---" * (5 + len(baselines) + bool(shares)) + "|"]
         for arm in dict.fromkeys(dice["arm"]):
             rows = dice[dice["arm"] == arm].set_index("baseline")
             one = rows.iloc[0]
             seeds = per_seed[target, segmenter, arm]
             versus = [f"{r['difference']:+.3f} [{r['diff_ci_low']:+.3f}, {r['diff_ci_high']:+.3f}]" if name in rows.index
                       and pd.notna((r := rows.loc[name])["difference"]) else "" for name in baselines]
-            share = gap.get((target, segmenter, arm), float("nan"))
-            cells = [arm, f"{one['mean']:.3f} [{one['ci_low']:.3f}, {one['ci_high']:.3f}]", f"{seeds.std():.3f}", f"{means.loc[arm, 'iou']:.3f}",
-                     f"{means.loc[arm, 'hd95']:.1f}", *versus, "" if pd.isna(share) else f"{100 * share:.0f} %"]
+            share = [f"{100 * shares[arm]:.0f} %" if arm in shares else ""] if shares else []
+            deviation = f"{seeds.std():.3f}" if len(seeds) > 1 else "–"
+            cells = [arm, f"{one['mean']:.3f} [{one['ci_low']:.3f}, {one['ci_high']:.3f}]", deviation, f"{means.loc[arm, 'iou']:.3f}",
+                     f"{means.loc[arm, 'hd95']:.1f}", *versus, *share]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return lines

@@ -12,14 +12,14 @@ from pipelines.compose import write_params
 ARMS = {"source": 0.5, "stage1": 0.6, "fourier": 0.7, "aligned": 0.8, "oracle": 0.9}
 
 
-def finished(root: Path, seed: int, shift: float, cases: int = 30, segmenters: tuple[str, ...] = ("unet",)) -> Path:
+def finished(root: Path, seed: int, shift: float, cases: int = 30, segmenters: tuple[str, ...] = ("unet",), repeats: int = 2) -> Path:
     """A run whose arms have known means; ``shift`` is what this seed adds to every value."""
     write_params(root / "params.yaml", ["profile=smoke", f"seed={seed}"])
     rng = np.random.default_rng(0)
     ease = rng.normal(0, 0.02, cases)
     rows = [(target, arm, seed, name, k, f"case{i}", f"case{i}", "disc", metric, (mean + ease[i] + shift) / (1 + number))
             for number, name in enumerate(segmenters) for target in ("amber", "violet") for arm, mean in ARMS.items()
-            for k in range(2) for i in range(cases) for metric in ("dice", "iou", "hd95")]
+            for k in range(repeats) for i in range(cases) for metric in ("dice", "iou", "hd95")]
     table = pd.DataFrame(rows, columns=["target", "arm", "generator_seed", "segmenter", "segmenter_seed", "case_id", "group", "class", "metric",
                                         "value"])
     for target, part in table.groupby("target"):
@@ -49,6 +49,18 @@ def test_a_table_per_segmenter(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "amber, unet", "amber, dpt", "violet, unet", "violet, dpt"]
     means = [float(line.split("|")[2].split()[0]) for line in told.splitlines() if line.startswith("| aligned ")]
     assert means[1] == pytest.approx(means[0] / 2, abs=1e-3)
+
+
+def test_one_network_has_no_deviation_and_no_oracle_no_gap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished(tmp_path / "run", 0, 0.0, repeats=1)
+    for file in (run / "artifacts" / "evaluate").rglob("metrics.parquet"):
+        values = pd.read_parquet(file)
+        values[values["arm"] != "oracle"].to_parquet(file, index=False)
+    assert main(["pool", str(run)]) == 0
+    told = capsys.readouterr().out
+    assert "nan" not in told and "gap closed" not in told
+    header, _, *rows = [line.split("|") for line in told.splitlines() if line.startswith("|")][:5]
+    assert {len(row) for row in rows} == {len(header)} and {row[3].strip() for row in rows} == {"–"}
 
 
 def test_what_cannot_be_pooled_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
