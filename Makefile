@@ -39,7 +39,8 @@ nightly: setup
 # The figures of docs/reliability.md, the long ones included, as a table at the end.
 reliability: setup
 	@$(BIN)/python -m pytest -n 2 -m 'nightly or not nightly' tests/test_reliability.py tests/test_hostile.py tests/test_audit.py tests/test_no_metadata.py \
-		tests/test_cancel.py tests/test_layers.py tests/test_mutations.py
+		tests/test_cancel.py tests/test_layers.py tests/test_mutations.py tests/test_tracking.py tests/test_workers.py tests/test_walk.py \
+		tests/test_ui.py tests/test_network.py
 
 # Ratios against peers measured in the same run (docs/performance.md); the extra brings the peers. BENCH_ARGS="--only solver metrics --json FILE".
 bench: setup

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 from typing import Any
 
 import matplotlib
@@ -22,8 +23,9 @@ ARM_COLOURS = {
     "source": "#6b7280", "source+colour": "#9aa1ac", "reinhard": "#cc79a7", "fourier": "#8f5fae", "stage1": "#d98e04",
     "stage1+colour": "#e6b566", "aligned": "#4aa3df", "aligned+filtered": "#00589c", "aligned+filtered+colour": "#003a66",
     "references-labelled": "#00906a", "oracle": "#1f2328",
+    "t2i-adapter": "#a0522d", "controlnet-diffusion": "#7a8f00", "controlnet-flow": "#b5477f", "siamese-diffusion": "#4b6a88",
 }
-COMPARATOR_COLOURS = ("#a0522d", "#7a8f00", "#b5477f", "#4b6a88", "#c46a4a", "#5d5d9e")
+OTHER_COLOURS = ("#c46a4a", "#5d5d9e", "#2f8f83", "#8a6d3b")
 SETS = {  # colour, marker, size, opacity
     "source": ("#9aa1ac", "o", 9, 0.7), "target test": ("#00906a", "o", 13, 0.75), "stage1": ("#d98e04", "^", 13, 0.75),
     "aligned": ("#00589c", "s", 11, 0.75), "references": ("#c8102e", "*", 110, 1.0),
@@ -41,9 +43,8 @@ STYLE: Any = {
 
 def colour_of(arm: str) -> str:
     """An arm's colour; a comparator's by its name, the same on every page."""
-    if arm in ARM_COLOURS:
-        return ARM_COLOURS[arm]
-    return COMPARATOR_COLOURS[sum(arm.removesuffix(COLOUR).encode()) % len(COMPARATOR_COLOURS)]
+    plain = arm.removesuffix(COLOUR)
+    return ARM_COLOURS.get(arm) or ARM_COLOURS.get(plain) or OTHER_COLOURS[sum(plain.encode()) % len(OTHER_COLOURS)]
 
 
 def forest(table: pd.DataFrame, targets: list[str], label: str) -> str:
@@ -88,7 +89,8 @@ def feature_map(features: pd.DataFrame) -> str:
     points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(vectors)
     with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, axis = plt.subplots(figsize=(4.7, 3.7))
-        comparators = {name: (colour_of(name), "v", 11, 0.6) for name in dict.fromkeys(features["set"]) if name not in SETS}
+        others = [name for name in dict.fromkeys(features["set"]) if name not in SETS]
+        comparators = {name: (colour_of(name), marker, 11, 0.6) for name, marker in zip(others, itertools.cycle("vPXD<>"), strict=False)}
         for name, (colour, marker, size, alpha) in (SETS | comparators).items():
             chosen = (features["set"] == name).to_numpy()
             axis.scatter(points[chosen, 0], points[chosen, 1], s=size, c=colour, marker=marker, alpha=alpha, label=f"{name} ({chosen.sum()})",

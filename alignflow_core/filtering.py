@@ -106,7 +106,8 @@ def _cross_judged(config: Any, pairs: Pairs, references: Pairs, device: torch.de
     segment: Segment = config.segment
     task: Task = config.task
     training = dataclasses.replace(segment.training, steps=settings.judge_steps)
-    half = np.arange(len(pairs)) % 2 == 0
+    # Drawn, since origins of masks come in turn: each judge is to see both.
+    half = np.random.Generator(np.random.PCG64(derive_seed(config.seed, "filter", "halves"))).permutation(len(pairs)) % 2 == 0
     agreement = np.empty(len(pairs))
     areas = []
     for number, trained_on in enumerate((half, ~half)):

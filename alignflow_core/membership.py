@@ -1,8 +1,8 @@
 """Can one tell from a generator whether an image was given to it? An attack by the denoising loss, which is lower on what was learned by heart.
 
 Every image is noised in the same few ways and the error of the predicted velocity taken (the loss-based attack of arXiv 2301.09956).
-Three questions: source training images by stage 1, the same by the aligned model, and references by the aligned model. The last takes
-the loss relative to that of stage 1, which has never seen them and says how hard an image is.
+Three questions: source training images by stage 1, the same by the aligned model, and references that were aligned to by the
+aligned model. The last takes the loss relative to that of stage 1, which has never seen them and says how hard an image is.
 """
 
 from collections.abc import Mapping
@@ -41,7 +41,8 @@ def membership(inputs: Mapping[str, Path], source: Pairs, references: Pairs, tes
     models = [model.to(device).to(memory_format=torch.channels_last) for model in (stage1, aligned)]  # type: ignore[call-overload]
     train = (source.table["split"] == "train").to_numpy()
     known = {True: _some(source.select(train)), False: _some(source.select(~train))}
-    given = {True: _some(references), False: _some(test)}
+    tuned_to = (references.table["role"] == "align").to_numpy()  # the others only say when to stop
+    given = {True: _some(references.select(tuned_to)), False: _some(test)}
     frames: dict[str, list[pd.DataFrame]] = {"source_stage1": [], "source_aligned": [], "references": []}
     for member, pairs in known.items():
         cond = condition(pairs.labels, task, facts["clip"])

@@ -119,17 +119,20 @@ def downstream(runs: Runs) -> pd.DataFrame:
     values = pd.concat([methods(runs, t, "metrics.parquet", "arm", {OURS: "", OURS + COLOUR: COLOUR}) for t in runs.targets], ignore_index=True)
     values = values[values["metric"].isin(["dice", "iou"])]
     baselines = tuple(arm for arm in (OURS, OURS + COLOUR) if arm in set(values["arm"]))
-    settings: Any = dataclasses.replace(runs.project.evaluate, baselines=baselines)
-    table = compare(values, settings, runs.project.seed)
-    means = [mean_of_targets(part, baselines, settings, runs.project.seed).assign(segmenter=part["segmenter"].iloc[0], metric=part["metric"].iloc[0])
-             for _, part in values.groupby(["segmenter", "metric"], sort=False)]
-    both = pd.concat([table, *means], ignore_index=True)
-    own = np.where(both["arm"].str.endswith(COLOUR) & (OURS + COLOUR in baselines), OURS + COLOUR, baselines[0])
-    return both[both["baseline"] == own].reset_index(drop=True)
+    own = np.where(values["arm"].str.endswith(COLOUR) & (OURS + COLOUR in baselines), OURS + COLOUR, baselines[0])
+    tables = []
+    for baseline in baselines:  # each augmentation is a family of tests of its own
+        settings: Any = dataclasses.replace(runs.project.evaluate, baselines=(baseline,))
+        alike = values[own == baseline]
+        tables.append(compare(alike, settings, runs.project.seed))
+        tables += [mean_of_targets(part, baseline, settings, runs.project.seed).assign(segmenter=part["segmenter"].iloc[0],
+                                                                                       metric=part["metric"].iloc[0])
+                   for _, part in alike.groupby(["segmenter", "metric"], sort=False)]
+    return pd.concat(tables, ignore_index=True)
 
 
-def mean_of_targets(values: pd.DataFrame, baselines: Sequence[str], settings: Any, seed: int) -> pd.DataFrame:
-    """Mean over targets of each arm, and its difference to the baselines, with percentile intervals: units are drawn within each target."""
+def mean_of_targets(values: pd.DataFrame, baseline: str, settings: Any, seed: int) -> pd.DataFrame:
+    """Mean over targets of each arm, and its difference to the baseline, with percentile intervals: units are drawn within each target."""
     units = {}
     for target, part in values.groupby("target", sort=False):
         images = part.groupby(["group", "case_id", "arm"], sort=False)["value"].mean().unstack("arm", sort=False)
@@ -142,14 +145,12 @@ def mean_of_targets(values: pd.DataFrame, baselines: Sequence[str], settings: An
         point += chosen.mean(0) / len(units)
         drawn += bootstrap_means(chosen, settings.bootstrap, rng) / len(units)
     tails = [(1 - settings.level) / 2, (1 + settings.level) / 2]
-    rows = []
-    for baseline in baselines:
-        base = arms.index(baseline)
-        for i, arm in enumerate(arms):
-            low, high = np.quantile(drawn[:, i], tails)
-            apart = np.quantile(drawn[:, i] - drawn[:, base], tails) if i != base else (np.nan, np.nan)
-            rows.append((MEAN, arm, baseline, sum(len(matrix) for matrix, _ in units.values()), point[i], low, high,
-                         point[i] - point[base] if i != base else np.nan, *apart))
+    base, rows = arms.index(baseline), []
+    for i, arm in enumerate(arms):
+        low, high = np.quantile(drawn[:, i], tails)
+        apart = np.quantile(drawn[:, i] - drawn[:, base], tails) if i != base else (np.nan, np.nan)
+        rows.append((MEAN, arm, baseline, sum(len(matrix) for matrix, _ in units.values()), point[i], low, high,
+                     point[i] - point[base] if i != base else np.nan, *apart))
     return pd.DataFrame(rows, columns=["target", "arm", "baseline", "n", "mean", "ci_low", "ci_high", "difference", "diff_ci_low", "diff_ci_high"])
 
 
@@ -263,9 +264,10 @@ def terms(runs: Runs) -> pd.DataFrame:
         numbers = read_json(root / artifact_dir("comparator", name) / "metrics.json")
         rows.append((name, comparator.process, comparator.conditioner, numbers["trunk_parameters"], numbers["parameters"],
                      numbers["trained_parameters"], numbers["n_images"],
-                     read_json(root / artifact_dir("sample_comparator", name) / "metrics.json")["nfe"], _hours(root, "comparator", name)))
+                     read_json(root / artifact_dir("sample_comparator", name) / "metrics.json")["nfe"],
+                     _hours(root, "comparator", name) + (_hours(root, "comparator_base", comparator.base) if comparator.base else 0)))
     table = pd.DataFrame(rows, columns=["painter", "process", "conditioner", "parameters of the trunk", "parameters", "trained after the base",
-                                        "images seen, base included", "network calls an image", "hours"])
+                                        "images seen, base included", "network calls an image", "hours, base included"])
     steps = runs.project.segment.training.steps
     return table.assign(**{"steps of each segmenter": steps}).astype(dict.fromkeys(table.columns[3:8], "int64"))
 

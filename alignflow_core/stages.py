@@ -83,7 +83,7 @@ STAGES: dict[str, Stage] = {
               "Source-like images painted by stage 1 from the synthetic masks."),
         Stage("segment_source", "source_segmenters", "project", "segment:run_source", ("data:source", "sample_stage1"),
               ("seed", "machine", "task", "segment"), (), True, "5_downstream",
-              "Segmenters of the arms that see no target: source, source+colour, stage1."),
+              "Segmenters of the arms that see no target: source and stage1, each also under strong colour augmentation."),
         Stage("comparator_base", "comparator_base_checkpoint", "base", "comparator:run_base", ("data:source",),
               ("seed", "machine", "task", "image_flow", "comparator_base"), (), True, "2_stage_one",
               "Unconditional painter of one generative process, which comparators freeze and add to."),

@@ -70,7 +70,7 @@ def missing(*peers: str) -> str:
             importlib.import_module(peer)
         except ImportError:
             absent.append(peer)
-    return f"needs {', '.join(absent)}: pip install 'alignflow[bench]' (make bench does)" if absent else ""
+    return f"needs {', '.join(absent)}: pip install -e '.[bench]' (make bench does)" if absent else ""
 
 
 def _short(value: float) -> float:

@@ -105,7 +105,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("name", metavar="NAME")
     one.add_argument("--references", required=True, metavar="DIR|N|FILE",
                      help="folder of reference images, or how many to draw from the target's domain, or a file of their moments")
-    one.add_argument("--like", metavar="TARGET", help="take its way of aligning, its arms and (without --domain) its domain")
+    one.add_argument("--like", metavar="TARGET",
+                     help="take its way of aligning, its arms and (without --domain) its domain (default: the first target's, domain apart)")
     one.add_argument("--domain", type=Path, metavar="DIR", help="labelled images to measure on (default: data/target/NAME if there, else --like's)")
     add_root(one)
     one = actions.add_parser("remove", help="take a target and its variants out; built artifacts stay on disk")
@@ -113,7 +114,8 @@ def parser() -> argparse.ArgumentParser:
     add_root(one)
     add_root(actions.add_parser("list", help="the targets, one a line"))
 
-    sub = add("compose", compose, "write params.yaml from pipelines/conf and the options")
+    sub = add("compose", compose, "write params.yaml anew from pipelines/conf and the options, for the built-in data",
+              "Options given earlier do not count. A project with data of its own is left alone: edit its params.yaml.")
     sub.add_argument("--check", action="store_true", help="write nothing; exit code 3 if params.yaml differs")
     add_overrides(sub)
     add_root(sub)
@@ -121,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
     sub = add("ablate", ablate, "add variants of targets to params.yaml; what they share is built once")
     sub.add_argument("axes", nargs="+", metavar="KEY=VALUE,VALUE",
                      help="reward=frechet,skl, encoder=statconv,flow, references.count=1,5,10, align.rho=0.1,1 or any other key of a target")
-    sub.add_argument("--target", action="append", default=[], help="target to vary; may be given several times (default: all)")
+    sub.add_argument("--target", action="append", default=[], help="target to vary; may be given several times (default: all that are no variants)")
     sub.add_argument("--grid", action="store_true", help="every combination of the axes instead of one axis at a time")
     sub.add_argument("--run", action="store_true", help="then build everything, as 'alignflow run' does")
     add_root(sub)
@@ -141,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
     add_jobs(sub, "domains and targets")
     add_root(sub)
 
-    sub = add("sync", sync, "tell Dagster what a terminal 'dvc repro' has built")
+    sub = add("sync", sync, "tell Dagster and MLflow what a terminal 'dvc repro' has built")
     add_root(sub)
 
     sub = add("ui", ui, "Dagster UI and MLflow UI on loopback")
@@ -164,8 +166,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dataset-id", type=int, metavar="N", help="nnunet: number of the first target's dataset (default: 501)")
     sub.add_argument("--pairs", type=int, metavar="N", help="at most so many pairs a target (default: all that are kept)")
     sub.add_argument("--on-copy", choices=["block", "replace", "keep"], default="block",
-                     help="near copies of training or reference images: block refuses and names them (default), replace leaves them out and fills up "
-                          "from other kept pairs, keep writes them with a warning")
+                     help="near copies of training or reference images: block refuses and names them (default), replace leaves them out "
+                          "(with --pairs, other kept pairs take their place), keep writes them with a warning")
     sub.add_argument("--accept-copies", action="store_true", help="needed with --on-copy keep: you know that patients' images may be among them")
 
     sub = add("audit", audit, "copies of training or reference images among synthetic ones",
@@ -296,10 +298,12 @@ def compose(options: argparse.Namespace) -> int:
     """conf -> params.yaml."""
     from alignflow_core.config import read_params
     from pipelines.compose import compose as composed
-    from pipelines.compose import write_params
+    from pipelines.compose import refuse_to_lose, write_params
 
     file = options.root / "params.yaml"
     if not options.check:
+        for name in refuse_to_lose(file, composed(options.overrides)):
+            print(f"{file}: target {name} is no longer in it; 'alignflow target add' or 'ablate' adds it again", file=sys.stderr)
         write_params(file, options.overrides)
         return 0
     now, wanted = read_params(file), composed(options.overrides)

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import yaml
 
-from alignflow_core.config import Project, build_project
+from alignflow_core.config import Project, build_project, read_params
 from alignflow_core.errors import InputError
 from alignflow_core.validation import nearest
 
@@ -66,6 +66,24 @@ def write_params(file: Path, overrides: Sequence[str] = (), layout: dict[str, An
     params = compose(overrides, layout)
     write_text(file, render(params, overrides))
     return params
+
+
+def refuse_to_lose(file: Path, params: dict[str, Any]) -> list[str]:
+    """Targets of ``params.yaml`` that these params would drop; none where it cannot be read.
+
+    Raises:
+        InputError: it has domains of its own, which nothing but that file knows.
+    """
+    try:
+        now = read_params(file)
+    except InputError:
+        return []
+    built_in = yaml.safe_load((CONF_DIR / "task" / "phantom.yaml").read_text(encoding="utf-8"))["domains"]  # profiles take some of them
+    known, own = built_in | params["domains"], now.get("domains") or {}
+    lost = [name for name in own if own[name] != known.get(name)]
+    if lost:
+        raise InputError(f"{file}: has the domains {', '.join(lost)}, which composing it anew would drop; edit that file, or move it away first")
+    return [name for name in now.get("targets") or {} if name not in params["targets"]]
 
 
 def rewrite_params(file: Path, params: dict[str, Any], origin: str) -> None:

@@ -33,7 +33,7 @@ def test_a_cheap_row_and_its_absent_peers(absent: bool, tmp_path: Path, monkeypa
     assert len(rows) + printed.count("skipped: needs") == 3
     if absent:
         assert len(rows) == 1
-        assert "against torchdiffeq" in printed and "skipped: needs no_such_peer: pip install 'alignflow[bench]'" in printed
+        assert "against torchdiffeq" in printed and "skipped: needs no_such_peer: pip install -e '.[bench]'" in printed
 
 
 def test_ratio_bar_and_spread():

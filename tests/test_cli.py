@@ -49,6 +49,22 @@ def test_compose_writes_params_and_checks_them(tmp_path: Path, capsys: pytest.Ca
     assert "error: configuration: sede: unknown key (did you mean 'seed'?)" in capsys.readouterr().err
 
 
+def test_compose_drops_no_data_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Domains that only params.yaml knows are not composed away; targets, which can be added again, are named."""
+    root = ["--root", str(tmp_path)]
+    assert main(["compose", "profile=cpu", *root]) == 0
+    assert main(["compose", "profile=smoke", *root]) == 0  # whose built-in targets are fewer
+    assert "params.yaml: target dim is no longer in it" in capsys.readouterr().err
+    assert main(["init", "--root", str(tmp_path / "own"), "--source", "a", "--target", "b", "--task", "binary"]) == 0
+    file = tmp_path / "own" / "params.yaml"
+    before = file.read_bytes()
+    assert main(["compose", "profile=smoke", "--root", str(file.parent)]) == 2
+    told = capsys.readouterr().err
+    assert "has the domains a, b, which composing it anew would drop" in told and file.read_bytes() == before
+    file.write_text("source: [", encoding="utf-8")  # broken: composing is the remedy
+    assert main(["compose", "profile=smoke", "--root", str(file.parent)]) == 0
+
+
 def test_check_lists_every_problem(phantom_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = phantom_root / "data" / "source" / "standard"
     assert main(["check", str(good), "--task", "refuge"]) == 0

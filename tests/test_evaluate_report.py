@@ -16,6 +16,7 @@ from alignflow_core.config import Align, Evaluate, Machine, Network, References,
 from alignflow_core.errors import InputError
 from alignflow_core.full_strength import at_full_strength
 from alignflow_core.metrics import comparison
+from alignflow_core.metrics.statistics import holm
 from alignflow_core.networks import velocity_unet
 from alignflow_core.networks.registry import arm_folder
 from alignflow_core.networks.segmenters import build_segmenter, save_segmenter
@@ -286,6 +287,22 @@ def test_report_has_every_segmenter_and_their_mean(project: Path, compared: Path
     assert "By segmenter" in page and "architectures unet, segformer" in page
     dice = table.query("segmenter == 'unet' and arm == 'aligned' and metric == 'dice'")["mean"].iloc[0]
     assert f">{dice:.3f}<" in page.partition("By segmenter")[0], "the main tables are about the first"
+
+
+def test_what_variants_share_with_their_base_is_one_test():
+    rng = np.random.default_rng(2)
+    base = rng.uniform(0.3, 0.5, 20)
+    arms = {"source": base, "stage1": base + rng.normal(0.01, 0.02, 20), "aligned": base + rng.normal(0.02, 0.02, 20)}
+    alone = comparison.compare(long_table(arms), Evaluate(bootstrap=50), 0)
+    twins = [long_table(arms).assign(target=f"t-variant{i}") for i in range(8)]  # as far as one knows, the same networks
+    both = comparison.compare(pd.concat([long_table(arms), *twins]), Evaluate(bootstrap=50), 0)
+    assert both.loc[both["target"] == "t", "p_adjusted"].tolist() == pytest.approx(alone["p_adjusted"].tolist(), nan_ok=True)
+    other = long_table(arms | {"aligned": base + rng.normal(0.02, 0.02, 20)}).assign(target="t-other")  # another network is another test
+    both = comparison.compare(pd.concat([long_table(arms), other]), Evaluate(bootstrap=50), 0)
+    versus = both[(both["baseline"] == "source") & (both["arm"] != "source")].set_index(["target", "arm"])
+    p = versus["p_value"][[("t", "stage1"), ("t", "aligned"), ("t-other", "aligned")]]
+    assert versus["p_adjusted"][p.index].tolist() == pytest.approx(holm(p.to_numpy()).tolist())
+    assert versus["p_adjusted"]["t-other", "stage1"] == versus["p_adjusted"]["t", "stage1"]
 
 
 def test_compare_without_any_baseline_says_so():

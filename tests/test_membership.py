@@ -48,7 +48,7 @@ def pairs(n: int, seed: int, split: list[str]) -> Pairs:
     masks = np.zeros((n, 16, 16), np.uint8)
     masks[:, 4:12, 4:12] = 1
     ids = tuple(f"{seed}-{i}" for i in range(n))
-    return Pairs(rng.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8), masks, ids, pd.DataFrame({"case_id": ids, "split": split}))
+    return Pairs(rng.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8), masks, ids, pd.DataFrame({"case_id": ids, "split": split, "role": "align"}))
 
 
 def test_a_network_that_knows_its_images_by_heart_is_found_out(tmp_path: Path) -> None:
@@ -66,8 +66,11 @@ def test_a_network_that_knows_its_images_by_heart_is_found_out(tmp_path: Path) -
     for folder in ("image_flow", "align"):
         velocity_unet.save(tmp_path / folder, model.state_dict(), 3, 2, network, clip=8.0)
     inputs = {name: tmp_path / name for name in ("image_flow", "align")}
-    table, found = membership(inputs, source, pairs(10, 1, ["train"] * 10), pairs(20, 2, ["test"] * 20), task, 0, torch.device("cpu"))
+    references = pairs(14, 1, ["train"] * 14)
+    references.table.loc[10:, "role"] = "held_out"  # which only say when to stop
+    table, found = membership(inputs, source, references, pairs(20, 2, ["test"] * 20), task, 0, torch.device("cpu"))
     assert found["source_stage1"].low > 0.7 and found["source_aligned"].auc == found["source_stage1"].auc
     assert found["references"].low <= 0.5 <= found["references"].high
-    again, _ = membership(inputs, source, pairs(10, 1, ["train"] * 10), pairs(20, 2, ["test"] * 20), task, 0, torch.device("cpu"))
+    assert found["references"].n_members == 10
+    again, _ = membership(inputs, source, references, pairs(20, 2, ["test"] * 20), task, 0, torch.device("cpu"))
     pd.testing.assert_frame_equal(table, again)

@@ -27,7 +27,7 @@ def long_table(means: dict[str, dict[str, float]], n: int = 40) -> pd.DataFrame:
 
 def test_mean_of_targets_weighs_targets_alike_and_pairs_images() -> None:
     values = pd.concat([long_table({"a": {"source": 0.5, "ours": 0.7}}, n=10), long_table({"b": {"source": 0.6, "ours": 0.6}}, n=90)])
-    table = mean_of_targets(values, ["ours"], Evaluate(bootstrap=400), seed=0).set_index("arm")
+    table = mean_of_targets(values, "ours", Evaluate(bootstrap=400), seed=0).set_index("arm")
     by_target = values.groupby(["target", "arm"])["value"].mean()
     assert table.loc["source", "mean"] == pytest.approx((by_target["a", "source"] + by_target["b", "source"]) / 2)
     assert table.loc["source", "difference"] == pytest.approx(-0.1)

@@ -163,7 +163,7 @@ def test_wrong_folders_say_where_why_and_what_to_do(folders: dict[str, Path], tm
 
 def test_without_the_package_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(InputError, match=r"pip install 'alignflow\[encoders\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[encoders\]'"):
         build_segmenter(1, of("segformer"), 0)
     build_segmenter(1, of("unet"), 0)
 

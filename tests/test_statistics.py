@@ -21,6 +21,15 @@ def test_bca_covers():
     assert ((low < 0) & (high > 0)).mean() == pytest.approx(0.9, abs=0.05)
 
 
+def test_bca_counts_a_tie_as_half():
+    """Resamples of few, mostly equal units often have the sample's mean up to rounding; counted as below it they would push the interval away."""
+    values = np.array([0.33, 0.31, 0.31, 0.31, 0.31])[:, None]
+    low, high = bca_intervals(values, 0.95, 2000, np.random.Generator(np.random.PCG64(0)))
+    assert low[0] <= values.mean() <= high[0]
+    exact = bca_intervals(values * 100 - 31, 0.95, 2000, np.random.Generator(np.random.PCG64(0)))  # 2, 0, 0, 0, 0: nothing is rounded
+    assert [100 * low[0] - 31, 100 * high[0] - 31] == pytest.approx([exact[0][0], exact[1][0]], abs=1e-6)
+
+
 def test_bca_of_constants_and_of_one_unit():
     low, high = bca_intervals(np.full((9, 1), 0.1), 0.95, 200, np.random.default_rng(0))
     assert (low[0], high[0]) == (pytest.approx(0.1), pytest.approx(0.1))

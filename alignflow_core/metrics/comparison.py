@@ -1,5 +1,7 @@
 """Arms side by side: means with intervals, paired differences, tests, share of the gap closed; units are patients, sequences or images."""
 
+import hashlib
+
 import numpy as np
 import pandas as pd
 
@@ -18,7 +20,8 @@ def compare(values: pd.DataFrame, settings: Evaluate, seed: int) -> pd.DataFrame
     """Long per-image values (as ``evaluate`` writes them) -> one row per target, segmenter, arm, baseline and metric.
 
     Args:
-        settings: ``bootstrap``, ``level``, ``baselines``.
+        settings: ``bootstrap``, ``level``, ``baselines``. Each baseline, metric and segmenter is a family of tests, adjusted over all targets and
+            arms; what a variant of a target shares with it is one test.
         seed: of the resampling; targets and metrics draw independently, segmenters alike.
 
     Raises:
@@ -33,9 +36,14 @@ def compare(values: pd.DataFrame, settings: Evaluate, seed: int) -> pd.DataFrame
         units = group_means(images.to_numpy(), images.index.get_level_values("group").to_numpy())
         arms = {arm: units[:, images.columns.get_loc(arm)] for arm in in_order(images.columns)}
         rng = np.random.Generator(np.random.PCG64(derive_seed(seed, "compare", target, metric)))
-        frames.append(_compare_arms(arms, settings, rng).assign(target=target, segmenter=segmenter, metric=metric))
+        found = _compare_arms(arms, settings, rng).assign(target=target, segmenter=segmenter, metric=metric)
+        cases = hashlib.sha256("\n".join(map(str, images.index.get_level_values("case_id"))).encode()).hexdigest()
+        frames.append(found.assign(test=cases + found["arm"] + found["test"]))
     table = pd.concat(frames, ignore_index=True)
-    table["p_adjusted"] = table.groupby(["segmenter", "metric", "baseline"])["p_value"].transform(lambda p: holm(p.to_numpy()))
+    for _, family in table.groupby(["segmenter", "metric", "baseline"]):
+        once = family.drop_duplicates("test")
+        adjusted = dict(zip(once["test"], holm(once["p_value"].to_numpy()), strict=True))
+        table.loc[family.index, "p_adjusted"] = family["test"].map(adjusted)
     return table[COLUMNS]
 
 
@@ -50,8 +58,10 @@ def _compare_arms(arms: dict[str, np.ndarray], settings: Evaluate, rng: np.rando
         i, difference = position[arm], columns[:, j]
         paired = ((np.nan,) * 4 if arm == baseline
                   else (difference.mean(), low[j], high[j], signed_rank_p(difference)))
-        rows.append((arm, baseline, len(difference), columns[:, i].mean(), low[i], high[i], *paired))
-    return pd.DataFrame(rows, columns=["arm", "baseline", "n", "mean", "ci_low", "ci_high", "difference", "diff_ci_low", "diff_ci_high", "p_value"])
+        test = hashlib.sha256(difference.tobytes()).hexdigest()
+        rows.append((arm, baseline, len(difference), columns[:, i].mean(), low[i], high[i], *paired, test))
+    names = ["arm", "baseline", "n", "mean", "ci_low", "ci_high", "difference", "diff_ci_low", "diff_ci_high", "p_value", "test"]
+    return pd.DataFrame(rows, columns=names)
 
 
 def gap_closed(table: pd.DataFrame) -> pd.DataFrame:

@@ -34,7 +34,8 @@ def bca_intervals(values: np.ndarray, level: float, resamples: int, rng: np.rand
         return np.full(k, np.nan), np.full(k, np.nan)
     mean = values.mean(0)
     means = bootstrap_means(values, resamples, rng)
-    below = (means < mean).mean(0) + 0.5 * (np.abs(means - mean) <= 1e-12).mean(0)
+    tied = np.abs(means - mean) <= 1e-12  # up to rounding: few or equal values make many
+    below = ((means < mean) & ~tied).mean(0) + 0.5 * tied.mean(0)
     bias = norm.ppf(below.clip(0.5 / resamples, 1 - 0.5 / resamples))
     left_out = mean - (values.sum(0) - values) / (n - 1)
     cubes, squares = (left_out ** 3).sum(0), (left_out ** 2).sum(0)

@@ -50,8 +50,8 @@ def library(kind: str) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise InputError(f"segmenter {kind}: needs the package transformers; run pip install 'alignflow[encoders]' or leave {kind} out of "
-                         "segment.architectures") from error
+        raise InputError(f"segmenter {kind}: needs the package transformers; install the extra 'encoders' (pip install -e '.[encoders]') or leave "
+                         f"{kind} out of segment.architectures") from error
     return transformers
 
 

@@ -1,7 +1,7 @@
 """The open sets that painters are composed of: names as ``params.yaml`` spells them -> ``module:object`` of this package.
 
 A painter draws an image from a mask. It is a *process* (how noise becomes data), a *conditioner* (how the network is told the mask)
-and an *objective* (what training lowers). A new one of each kind is one file and one line here (``docs/extending.md``).
+and an *objective* (what training lowers). A new one of each kind is one file and one line here (``docs/comparators.md``).
 Standard library only, so that names are checked without torch.
 """
 

@@ -72,7 +72,7 @@ def load(weights: str | Path | None) -> Pretrained:
         import transformers
         from transformers.utils import cached_file
     except ImportError as error:
-        raise InputError("align.encoder pretrained: needs the package transformers; run pip install 'alignflow[encoders]' "
+        raise InputError("align.encoder pretrained: needs the package transformers; install the extra 'encoders' (pip install -e '.[encoders]') "
                          "or choose the encoder statconv, flow or ssl") from error
     name, from_hub = str(weights).removeprefix("hub:"), str(weights).startswith("hub:")
     name, _, revision = name.partition("@") if from_hub else (name, "", "")

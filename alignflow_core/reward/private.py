@@ -18,7 +18,7 @@ from alignflow_core.config import Privacy
 from alignflow_core.errors import InputError
 from alignflow_core.site_key import pseudonym
 
-EXTRA = "align.privacy.epsilon: needs Opacus; install it with 'pip install alignflow[dp]', or set it to null"
+EXTRA = "align.privacy.epsilon: needs Opacus; install the extra 'dp' (pip install -e '.[dp]'), or set it to null"
 SAMPLE_RATE = 1.0
 
 
