@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,11 @@ class Alignment:
         shares = np.diff(np.linspace(0, self.steps, n_rounds + 1).astype(int))
         looks: list[pd.DataFrame] = []
         verdicts: list[dict[str, Any]] = []
-        balance = 0.0
+        balance, before = 0.0, dict[str, float]()
         for number, steps in enumerate(shares.tolist()):
             known, held_out = self._describe()
             balance = balance or (self._balance(known) if settings.rho else 0.0)
-            look = self._looker(known, held_out, base_images, base_speed)
+            before, look = self._looker(known, held_out, base_images, base_speed)
             weights, rows, verdict = self._round(number, int(shares[:number].sum()), steps, weights, known, balance, look)
             looks.append(rows)
             verdicts.append(verdict)
@@ -105,9 +105,9 @@ class Alignment:
         promise, unseen = self._promise(), self._why_no_copy_gate()
         write_json(out_dir / "verdict.json", {"rounds": verdicts} | promise | ({"copy_gate": unseen} if unseen else {}))
         self._save(out_dir, weights, promise)
-        chosen, start = table[table["best"]].iloc[0], table.iloc[0]
-        return {"best_step": float(chosen["step"]), "steps": float(table["step"].iloc[-1]), "reward_weight": balance,
-                **self._gained(start, chosen, promise), **{name: float(chosen[name]) for name in self._ratios()},
+        chosen, done = table[table["best"]].iloc[0], sum(verdict["ended_at"] for verdict in verdicts) - int(shares.cumsum()[:-1].sum())
+        return {"best_step": float(chosen["step"]), "steps": float(done), "reward_weight": balance,
+                **self._gained(before, chosen, promise), **{name: float(chosen[name]) for name in self._ratios()},
                 "gate_failures": float((table["failed"] != "").sum()), **self._numbers()}
 
     def _round(self, number: int, first: int, steps: int, start: Weights, known: Known, balance: float,
@@ -145,7 +145,8 @@ class Alignment:
             best, last = self._best(state["looks"]), len(state["looks"]) - 1
             if best == last:
                 state.update({f"best:{name}": value.clone() for name, value in ema.shadow.items()})
-            return last - best >= self._patience()
+            rewardless = int((state["looks"][:, COLUMNS.index("step")] <= settings.rewardless_steps).sum()) - 1  # patience begins with the reward
+            return last - max(best, rewardless) >= self._patience()
 
         record(self.painter, 0)
         # A later round starts near its goal: a full step size would first throw it back.
@@ -269,20 +270,22 @@ class Alignment:
         self.painter.zero_grad(set_to_none=True)
         return norm
 
-    def _looker(self, known: Known, held_out: Known, base_images: Tensor, base_speed: float) -> Callable[[nn.Module], dict[str, float]]:
-        """A function from a painter to its rewards and its ratios to stage 1 on the probe set."""
+    @torch.no_grad()
+    def _looker(self, known: Known, held_out: Known, base_images: Tensor,
+                base_speed: float) -> tuple[dict[str, float], Callable[[nn.Module], dict[str, float]]]:
+        """The rewards of stage 1, and a function from a painter to its rewards and its ratios to stage 1, on the probe set."""
         def seen(images: Tensor, speed: float) -> tuple[list[Tensor], dict[str, float]]:
             features, pictures = self._features(images, self.probe_labels), to_bytes(images)
             agreement = mean_dice(predict(self.labeller, pictures, self.task, self.device), self.probe_labels.cpu().numpy(), self.task).mean()
             return features, dict(zip(RATIOS, (self.probe.diversity(features[0]), speed, float(agreement), self._closeness(pictures)), strict=True))
 
-        _, base = seen(base_images, base_speed)
+        base_features, base = seen(base_images, base_speed)
 
         def look(model: nn.Module) -> dict[str, float]:
             features, own = seen(*self._sample(model))
             return self._rewards(features, held_out, known) | {name: own[name] / max(base[name], 1e-9) for name in RATIOS}
 
-        return torch.no_grad()(look)
+        return self._rewards(base_features, held_out, known), torch.no_grad()(look)
 
     def _rewards(self, features: list[Tensor], held_out: Known, known: Known) -> dict[str, float]:
         """Of the probe set, by the held-out references and by those aligned to."""
@@ -336,10 +339,10 @@ class Alignment:
         """Names of the rewards that are logged."""
         return "held_out_reward", "reward"
 
-    def _gained(self, start: "pd.Series[Any]", chosen: "pd.Series[Any]", promise: dict[str, Any]) -> dict[str, float]:
-        """Numbers of the whole: what stage 1 and the chosen weights were rewarded with."""
-        return {f"{told}_{when}": float(look[name]) for name, told in (("reward", "reward"), ("held_out_reward", "held_out"))
-                for when, look in (("before", start), ("after", chosen))}
+    def _gained(self, before: Mapping[str, float], chosen: "pd.Series[Any]", promise: dict[str, Any]) -> dict[str, float]:
+        """Numbers of the whole: what stage 1 and the chosen weights are rewarded with, both by what the last round knew of the references."""
+        return {f"{told}_{when}": value for name, told in (("reward", "reward"), ("held_out_reward", "held_out"))
+                for when, value in (("before", before[name]), ("after", float(chosen[name])))}
 
     def _promise(self) -> dict[str, Any]:
         """What the weights promise about the references: nothing."""

@@ -5,6 +5,7 @@ the gates, not the best.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ class PrivateAlignment(Alignment):
     def _rewards_told(self) -> tuple[str, ...]:
         return ()
 
-    def _gained(self, start: "pd.Series[Any]", chosen: "pd.Series[Any]", promise: dict[str, Any]) -> dict[str, float]:
+    def _gained(self, before: Mapping[str, float], chosen: "pd.Series[Any]", promise: dict[str, Any]) -> dict[str, float]:
         return {"epsilon": promise["privacy"]["epsilon"]}
 
     def _promise(self) -> dict[str, Any]:

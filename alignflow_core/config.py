@@ -195,7 +195,7 @@ class Comparator:
 
     Attributes:
         process, conditioner, objective: names of ``painters/registry.py``.
-        n_steps: of its sampler; one network call each.
+        n_steps: of the sampler of a diffusion; one network call each. Flows are drawn as ``sample`` says, as ours are.
     """
 
     process: str = "diffusion"
@@ -450,7 +450,10 @@ def _needs_images(align: Align) -> typing.Iterator[str]:
 
 @dataclass(frozen=True)
 class Data:
-    """Working size in pixels and the split of the source and of every other domain (train, val, test; sum 1)."""
+    """Working size in pixels and the split of the source and of every other domain (train, val, test; sum 1).
+
+    Models are chosen on the source's val, which so must have a share. A target without one lets ``oracle`` keep its last weights.
+    """
 
     size: int = 64
     source_split: tuple[float, float, float] = (0.7, 0.15, 0.15)
@@ -463,6 +466,8 @@ class Data:
             split = getattr(self, name)
             if len(split) != 3 or min(split) < 0 or abs(sum(split) - 1) > 1e-6:
                 raise InputError(f"data.{name}: needs three shares of train, val, test that sum to 1, got {list(split)}")
+        if not all(self.source_split[:2]):
+            raise InputError(f"data.source_split: needs a share of train and of val, on which models are chosen; got {list(self.source_split)}")
 
 
 @dataclass(frozen=True)

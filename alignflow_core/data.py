@@ -41,7 +41,7 @@ def split_groups(groups: Sequence[str], shares: tuple[float, float, float], seed
     wanted = [s for s, share in zip(SPLITS, shares, strict=True) if share > 0]
     if len(sizes) < len(wanted):
         raise InputError(f"{domain}: has {len(sizes)} patient or sequence group(s), splitting into {', '.join(wanted)} needs at least "
-                         f"{len(wanted)}; add cases, or set a share of data.source_split or data.target_split to 0")
+                         f"{len(wanted)}; add cases, or set a share of data.target_split to 0")
     missing = {s: share * len(groups) for s, share in zip(SPLITS, shares, strict=True) if share > 0}
     chosen: dict[str, str] = {}
     order = sorted(sizes, key=lambda group: (-sizes[group], derive_seed(seed, "split", domain, group)))

@@ -14,6 +14,7 @@ import dataclasses
 import errno
 import importlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -52,6 +53,7 @@ MEMORY_SETTINGS = {  # file of a stage -> what takes its memory
     "filtering": "segment.training.batch",
 }
 
+SPENT = "spent.json"  # among a stage's resumable state
 RECORDED_PACKAGES = ("torch", "monai", "numpy", "scipy", "pillow", "pandas", "pyarrow", "safetensors")
 
 
@@ -243,14 +245,18 @@ def run_stage(root: Path, name: str, key: str | None = None, *, force: bool = Fa
         shutil.rmtree(part_dir, ignore_errors=True)
         part_dir.mkdir(parents=True)
         spool = work_dir / "curves.jsonl"
+        spent, started = _spent(work_dir), math.nan
         try:
             with accelerator(stage, project, node, quiet), spool.open("a", encoding="utf-8") as stream, sampled() as usage:
-                started = time.time()
+                started = time.time()  # its turn has come
                 context = Context(key, root, work_dir, _logger(stream), _progress(node, quiet))
                 with told_limits(stage, part_dir):
                     metrics = call(project, stage, key, part_dir, context)
         except BaseException:
             shutil.rmtree(part_dir, ignore_errors=True)
+            if started > 0:  # its turn had come
+                with contextlib.suppress(OSError):  # the disk may be full
+                    write_json(work_dir / SPENT, {"seconds": spent + time.time() - started})
             raise
         write_json(part_dir / "metrics.json", {k: float(v) for k, v in metrics.items()})
         _write_curves(spool, part_dir / "curves.parquet")
@@ -261,7 +267,7 @@ def run_stage(root: Path, name: str, key: str | None = None, *, force: bool = Fa
             "inputs": plan.inputs, "raw": plan.raw, "raw_files": plan.raw_files, "code": plan.code,
             "code_files": plan.code_files, "seed": project.seed, "profile": project.profile,
             "versions": {p: version(p) for p in RECORDED_PACKAGES} | {"python": sys.version.split()[0]},
-            "started": round(started, 1), "seconds": round(time.time() - started, 1), "usage": usage,
+            "started": round(started, 1), "seconds": round(spent + time.time() - started, 1), "usage": usage,
         })
         shutil.rmtree(work_dir)
         return True
@@ -323,6 +329,12 @@ def _work_dir(folder: Path, fingerprint: str) -> Path:
         folder.mkdir(parents=True)
         marker.write_text(fingerprint)
     return folder
+
+
+def _spent(work_dir: Path) -> float:
+    """Seconds of the attempts that were stopped or failed; those of one that was killed are not known."""
+    file = work_dir / SPENT
+    return float(read_json(file)["seconds"]) if file.exists() else 0.0
 
 
 def _logger(stream: Any) -> Callable[[dict[str, float], int], None]:

@@ -101,11 +101,17 @@ def _painted(model: torch.nn.Module, facts: dict[str, Any], masks: np.ndarray, s
 
 
 def _drawn(model: VelocityModel, noise: Tensor, cond: Tensor, facts: dict[str, Any], settings: Sample) -> Tensor:
-    """By the solver of ``sample``, or by the sampler that a comparator's checkpoint names."""
-    if "n_steps" not in facts:
+    """A flow, ours or a comparator's, by the solver of ``sample``; another process by its own sampler."""
+    if facts.get("process", "flow") == "flow":
         return _solve(model, noise, cond, settings)
-    images: Tensor = load(PROCESSES, facts["process"])().sample(model, noise, cond, facts["n_steps"])
+    images: Tensor = load(PROCESSES, facts["process"])().sample(guided(model, settings.guidance_scale), noise, cond, facts["n_steps"])
     return images
+
+
+def _nfe(facts: dict[str, Any], settings: Sample) -> int:
+    """Evaluations of the network for one image; guidance takes two where one would do."""
+    own = facts["n_steps"] if facts.get("process", "flow") != "flow" else settings.n_steps * (1 if settings.solver == "euler" else 2)
+    return int(own) * (1 if settings.guidance_scale == 1 else 2)
 
 
 def run_aligned(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
@@ -150,7 +156,7 @@ def _paint(config: Any, checkpoint_dir: Path, base_dir: Path | None, masks_dir: 
     table["checkpoint"] = read_json(checkpoint_dir / "config.json")["weights_sha256"]
     images = np.concatenate(parts)
     write_pairs(out_dir, Pairs(images, np.asarray(masks), tuple(table["pair_id"]), table))
-    return {"n_images": len(images), "nfe": facts.get("n_steps", settings.n_steps * (1 if settings.solver == "euler" else 2)),
+    return {"n_images": len(images), "nfe": _nfe(facts, settings),
             "saturated_fraction": float(((images == 0) | (images == 255)).mean())}
 
 
@@ -171,7 +177,7 @@ def _solve(model: VelocityModel, noise: Tensor, cond: Tensor, settings: Sample) 
 
 
 def _draw_masks(config: Any, checkpoint_dir: Path, real: np.ndarray, wanted: int, context: Any) -> tuple[np.ndarray, list[int], int]:
-    """``wanted`` accepted masks, the number each was drawn with, and how many were tried."""
+    """``wanted`` accepted masks, the number each was drawn with, and how many were looked at for them."""
     settings: Sample = config.sample
     task: Task = config.task
     kept: list[np.ndarray] = []
@@ -200,7 +206,7 @@ def _draw_masks(config: Any, checkpoint_dir: Path, real: np.ndarray, wanted: int
                 numbers.append(number)
         tried += settings.batch
         context.progress(len(kept), wanted, "masks")
-    return np.stack(kept), numbers, tried
+    return np.stack(kept), numbers, numbers[-1] + 1
 
 
 def clean(mask: np.ndarray, task: Task) -> np.ndarray:
@@ -219,4 +225,5 @@ def _nearest_dice(mask: np.ndarray, real: np.ndarray, task: Task) -> float:
     """Largest foreground-region Dice (mean over classes) with any training mask."""
     a, b = regions(mask[None], task), regions(real, task)
     total = a.sum((2, 3)) + b.sum((2, 3))
-    return float((2 * (a & b).sum((2, 3)) / np.maximum(total, 1)).mean(1).max())
+    dice = np.where(total == 0, 1.0, 2 * (a & b).sum((2, 3)) / np.maximum(total, 1))  # a class that both lack is alike
+    return float(dice.mean(1).max())

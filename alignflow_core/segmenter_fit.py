@@ -45,12 +45,13 @@ def fit(diet: Diet, validation: Pairs | None, task: Task, network: SegmenterNetw
 
     Args:
         network: what is trained; pretrained weights are tuned at a smaller rate than ``training.lr`` (``networks/registry.py``).
-        validation: looked at every ``check_every`` steps; ``None`` takes the last weights (Dice is then NaN).
+        validation: looked at every ``check_every`` steps; ``None`` or no pair takes the last weights (Dice is then NaN).
         names: seed path of this run, for instance ``(seed, "segment", arm, 0)``.
         state_file: resumable state.
         start: weights to start from; ``None`` draws them.
     """
     device = prepare(machine)
+    validation = validation if validation is not None and len(validation) else None
     network = rooted(network, context.root)
     if network.architecture in network.weights:
         training = dataclasses.replace(training, lr=training.lr * (ARCHITECTURES[network.architecture].tuning or 1.0))
@@ -105,7 +106,8 @@ def fit_arms(config: Any, diets: Mapping[str, Diet], own_validation: Mapping[str
         own_validation: arm -> pairs that its weights are chosen on, in place of ``validation``.
 
     Returns:
-        Mean validation Dice, ``val_dice/<arm>`` of the first architecture and ``<architecture>/val_dice/<arm>`` of others.
+        Mean validation Dice of the arms that have validation pairs, ``val_dice/<arm>`` of the first architecture and
+        ``<architecture>/val_dice/<arm>`` of others.
     """
     settings: Segment = config.segment
     task: Task = config.task
@@ -129,4 +131,4 @@ def fit_arms(config: Any, diets: Mapping[str, Diet], own_validation: Mapping[str
     table.to_parquet(out_dir / "segmenters.parquet", index=False)
     means = table.groupby(["segmenter", "arm"], sort=False)["val_dice"].mean().reset_index()
     return {f"{prefix(row['segmenter'], settings.architectures[0])}val_dice/{row['arm'].replace('+', '_plus_')}": float(row["val_dice"])
-            for row in means.to_dict("records")}
+            for row in means.to_dict("records") if np.isfinite(row["val_dice"])}

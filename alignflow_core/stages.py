@@ -108,7 +108,9 @@ STAGES: dict[str, Stage] = {
         Stage("sample_aligned", "synthetic_images", "target", "sample:run_aligned", ("align", "image_flow:painter", "sample_masks"),
               ("seed", "machine", "task", "sample"), (), True, "4_synthesis",
               "Target-like images painted by stage 2 from the synthetic masks."),
-        Stage("sample_paired", "paired_images", "target", "sample:run_paired", ("data:target", "image_flow", "comparator:all", "align"),
+        Stage("sample_paired", "paired_images", "target", "sample:run_paired",
+              # the images of comparators for what draws them, which their checkpoints do not tell
+              ("data:target", "image_flow", "comparator:all", "sample_comparator:all", "align"),
               ("seed", "machine", "task", "sample", "targets.{key}.variant_of"), (), True, "4_synthesis",
               "Held-out masks of the target painted by every painter, to be compared with their real images; never trained on."),
         Stage("filter", "filtered_pairs", "target", "filtering:run",

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from alignflow_core import sample
 from alignflow_core.artifact import read_json
 from alignflow_core.checkpoint import load_network
-from alignflow_core.config import Comparator, ImageFlow, Network, Times
+from alignflow_core.config import Comparator, ImageFlow, Network, Sample, Times
 from alignflow_core.errors import InputError
 from alignflow_core.flow.loss import flow_matching_loss
 from alignflow_core.flow.solver import time_grid
@@ -217,6 +218,37 @@ def test_the_plain_objective_on_a_flow_is_the_loss_of_stage_1() -> None:
     x1, _, cond = batch(4)
     ours = flow_matching_loss(model, x1, cond, settings.times, draw(3), condition_dropout=settings.condition_dropout)
     assert torch.equal(ours, denoise.loss(model, Flow(), x1, cond, settings, draw(3), 0.0))
+
+
+@pytest.mark.parametrize("coupling", ["independent", "minibatch_ot"])
+def test_coupling_is_that_of_stage_1_for_flows_alone(coupling: str) -> None:
+    model, settings = velocity_unet.build(3, COND, NETWORK, seed=0), ImageFlow(coupling=coupling)
+    x1, _, cond = batch(6)
+    ours = flow_matching_loss(model, x1, cond, settings.times, draw(3), coupling, settings.condition_dropout)
+    assert torch.equal(ours, denoise.loss(model, Flow(), x1, cond, settings, draw(3), 0.0))
+    alone = denoise.loss(model, Diffusion(), x1, cond, ImageFlow(), draw(3), 0.0)
+    assert torch.equal(alone, denoise.loss(model, Diffusion(), x1, cond, settings, draw(3), 0.0))
+
+
+def test_flows_are_drawn_as_sample_says_and_guidance_reaches_every_painter() -> None:
+    """A comparator that is a flow differs from stage 1 in its network alone; calls are counted as they are made."""
+    calls = []
+
+    def model(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        calls.append(len(x))
+        return 0.1 * x + cond.mean((1, 2, 3), keepdim=True)
+
+    noise, cond = torch.randn(2, 3, 8, 8, generator=draw()), torch.ones(2, COND, 8, 8)
+    drawn = {}
+    for name, facts in (("stage 1", {}), ("flow", {"process": "flow", "n_steps": 25}), ("diffusion", {"process": "diffusion", "n_steps": 7})):
+        for scale in (1.0, 2.0):
+            settings = Sample(solver="heun", n_steps=5, guidance_scale=scale)
+            calls.clear()
+            drawn[name, scale] = sample._drawn(model, noise, cond, facts, settings)
+            assert sum(calls) == sample._nfe(facts, settings) * len(noise)
+    for scale in (1.0, 2.0):
+        assert torch.equal(drawn["flow", scale], drawn["stage 1", scale])
+    assert not torch.equal(drawn["diffusion", 1.0], drawn["diffusion", 2.0])
 
 
 def test_one_step_reward_is_that_of_a_late_estimate() -> None:

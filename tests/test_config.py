@@ -79,6 +79,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "privacy of nothing": (PRIVATE | {"targets.b.align.rho": 0}, "align.privacy.epsilon has nothing to protect"),
     "two shares": ({"data.target_split": [0.5, 0.5]}, "data.target_split: must be"),
     "negative share": ({"data.target_split": [1.2, -0.2, 0.0]}, "data.target_split: needs three shares"),
+    "nothing to choose by": ({"data.source_split": [0.8, 0.0, 0.2]}, "data.source_split: needs a share of train and of val"),
     "shares of more than all": ({"data.source_split": [0.7, 0.2, 0.2]}, "data.source_split: needs three shares"),
     "unknown arm": ({"segment.arms": ["sources"]}, "segment.arms: unknown arm 'sources' (did you mean 'source'?)"),
     "architecture twice": ({"segment.architectures": ["unet", "unet"]}, "segment.architectures: unet, unet names one twice"),

@@ -1,5 +1,7 @@
 """Data in: every format read right, nesting kept, groups whole, references apart from the test set."""
 
+import contextlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from alignflow_core.artifact import tree_hash
+from alignflow_core import runner
+from alignflow_core.artifact import read_json, tree_hash
 from alignflow_core.config import Task
 from alignflow_core.data import case_id, check_folder, split_groups
 from alignflow_core.errors import InputError
@@ -203,3 +206,18 @@ def test_phantom_folders_pass_the_check(phantom_root: Path) -> None:
     listing = check_folder(phantom_root / "data/source/standard", REFUGE)
     assert len(listing.cases) == 28 and listing.labelled and not listing.empty_masks
     assert check_folder(phantom_root / "data/references/amber", REFUGE, labelled=False).labelled
+
+
+def test_seconds_count_what_was_done_before_an_interruption(smoke_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hours in the tables are those of all attempts, of which the second only continued."""
+    started = runner.call
+
+    def interrupted(*arguments: Any) -> dict[str, float]:
+        time.sleep(0.4)
+        raise KeyboardInterrupt
+
+    for stop in (interrupted, interrupted, started):
+        monkeypatch.setattr(runner, "call", stop)
+        with contextlib.suppress(KeyboardInterrupt):
+            run_stage(smoke_root, "data", "amber", quiet=True)
+    assert read_json(smoke_root / "artifacts/data/amber.json")["seconds"] >= 0.8

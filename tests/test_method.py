@@ -35,6 +35,7 @@ from alignflow_core.networks.segmenters import load_segmenter, predict
 from alignflow_core.pairs import Pairs, read_pairs, write_pairs
 from alignflow_core.reward.gates import RATIOS
 from alignflow_core.runner import Context
+from alignflow_core.segmenter_fit import Diet, fit
 
 SIZE = 24
 NETWORK = Network(channels=(8, 16), attention=(False, False), head_channels=8, n_res_blocks=1)
@@ -173,6 +174,42 @@ def test_of_the_looks_before_the_reward_only_the_last_that_kept_the_gates_counts
     aligning = SimpleNamespace(settings=dataclasses.replace(CONFIG.align, recolour_steps=20))
     aligning._kept = lambda seen: alignment.Alignment._kept(aligning, seen)  # type: ignore[arg-type]
     assert alignment.Alignment._best(aligning, looks) == best  # type: ignore[arg-type]
+
+
+def test_patience_begins_with_the_reward(built: dict[str, Path], tmp_path: Path) -> None:
+    """Looks at recoloured pairs alone, all refused here, end no round; with the reward one refused look does."""
+    settings = dataclasses.replace(CONFIG.align, training=dataclasses.replace(CONFIG.align.training, steps=6), check_every=1, check_samples=4,
+                                   recolour_steps=3, rounds=1, patience=1, gates=Gates(diversity=10.0))
+    metrics = build(align.run, SimpleNamespace(**{**vars(CONFIG), "align": settings}), built, tmp_path / "out")
+    gates = pd.read_parquet(tmp_path / "out" / "gates.parquet")
+    assert gates["step"].tolist() == [0, 1, 2, 3, 4] and gates["best"].tolist() == [True, *[False] * 4]
+    assert metrics["steps"] == 4
+    assert metrics["held_out_before"] == pytest.approx(gates["held_out_reward"][0]) == metrics["held_out_after"]
+
+
+def test_before_and_after_are_measured_alike(built: dict[str, Path], tmp_path: Path) -> None:
+    """With gates that refuse everything the result is stage 1: by the renewed labeller, too, it has gained nothing."""
+    settings = dataclasses.replace(CONFIG.align, training=dataclasses.replace(CONFIG.align.training, steps=4), check_every=2, check_samples=4,
+                                   gates=Gates(diversity=10.0))
+    metrics = build(align.run, SimpleNamespace(**{**vars(CONFIG), "align": settings}), built, tmp_path / "out")
+    looks = pd.read_parquet(tmp_path / "out" / "gates.parquet").groupby("round")["held_out_reward"].first()
+    assert metrics["held_out_before"] == pytest.approx(looks[1]) == metrics["held_out_after"] and looks[0] != pytest.approx(looks[1])
+    assert metrics["reward_before"] == pytest.approx(metrics["reward_after"])
+
+
+def test_weights_without_validation_are_the_last(built: dict[str, Path], tmp_path: Path) -> None:
+    """No pair to choose by is not the worst Dice: untrained weights would be kept."""
+    pairs, training = read_pairs(built["data:source"], "train"), CONFIG.segment.training
+    fitted = [fit(Diet(pairs), validation, CONFIG.task, CONFIG.segment.network, training, CONFIG.machine, (0, "segment", "none"),
+                  tmp_path / f"{number}.safetensors", context(tmp_path)) for number, validation in enumerate((None, pairs.select(np.zeros(0, int))))]
+    assert all(torch.equal(fitted[0][0][name], value) for name, value in fitted[1][0].items()) and np.isnan(fitted[1][1])
+
+
+def test_masks_without_a_class_can_be_copies() -> None:
+    masks = np.zeros((2, 8, 8), np.uint8)
+    masks[0, :4] = 1
+    task = dataclasses.replace(CONFIG.task, kind="labels", classes=("a", "b"), values={0: 0, 1: 1, 2: 2}, nested=False)
+    assert sample._nearest_dice(masks[0], masks[:1], task) == 1.0 and sample._nearest_dice(masks[1], masks[:1], task) == 0.5
 
 
 PRIVATE: dict[str, Any] = {"privacy": Privacy(epsilon=30.0), "recolour": False}

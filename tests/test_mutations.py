@@ -227,6 +227,7 @@ TABLE: dict[str, list[tuple[str, str, str | None, tuple[str, ...]]]] = {
          setting("privacy of nothing")),
         ("shares not below 0", "min(split) < 0 or ", "", setting("negative share")),
         ("shares of all", " or abs(sum(split) - 1) > 1e-6", "", setting("shares of more than all")),
+        ("pairs to choose by", "if not all(self.source_split[:2]):", None, setting("nothing to choose by")),
         ("arms", "if unknown:\n            raise InputError(*(f\"segment", "if False:\n            raise InputError(*(f\"segment",
          setting("unknown arm")),
         ("architectures once", "if len(set(self.architectures)) < len(self.architectures):", None, setting("architecture twice")),
@@ -301,7 +302,7 @@ TABLE: dict[str, list[tuple[str, str, str | None, tuple[str, ...]]]] = {
         ("hash of an artifact", ' and provenance["content"] == tree_hash(folder)', "", last("an_altered_artifact_is_built_again")),
         ("work of other settings", "if not (marker.exists() and marker.read_text() == fingerprint):", "if not marker.exists():",
          last("work_begun_with_other_settings_is_not_taken_up")),
-        ("no half artifact after a failure", "shutil.rmtree(part_dir, ignore_errors=True)\n            raise", "raise",
+        ("no half artifact after a failure", "shutil.rmtree(part_dir, ignore_errors=True)\n            if started > 0:", "if started > 0:",
          bad("command_exits_2_and_writes_nothing")),
     ],
     "pairs.py": [

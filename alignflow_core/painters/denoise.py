@@ -18,5 +18,6 @@ def loss(model: nn.Module, process: Process, x1: Tensor, cond: Tensor, settings:
     x0 = torch.randn(x1.shape, generator=draw).to(x1)
     t = process.times(len(x1), settings.times, draw).to(x1)
     keep = (torch.rand(len(x1), generator=draw) >= settings.condition_dropout).to(x1)
+    x0 = process.coupled(x0, x1, settings.coupling)
     point = process.noised(x1, x0, t)
     return (model(point.x_t, point.t, cond * keep.view(-1, 1, 1, 1)).float() - point.target).square().mean()

@@ -26,6 +26,10 @@ class Diffusion:
         kept = expand(self.alphas.to(x1)[step_of(t)], x1)
         return Noised(kept.sqrt() * x1 + (1 - kept).sqrt() * x0, t, x0, x0)
 
+    def coupled(self, x0: Tensor, x1: Tensor, coupling: str) -> Tensor:
+        """As drawn: ``coupling`` is that of flows and plays no part."""
+        return x0
+
     def times(self, n: int, law: Times, generator: torch.Generator) -> Tensor:
         """Uniform over the T steps (DDPM, algorithm 1); ``law`` is that of flows and plays no part."""
         return time_of(torch.randint(STEPS, (n,), generator=generator))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from alignflow_core.config import Times
+from alignflow_core.flow.coupling import couple
 from alignflow_core.flow.path import VelocityModel, expand, sample_path, sample_times
 from alignflow_core.flow.solver import euler, time_grid
 from alignflow_core.painters.process import Noised
@@ -16,6 +17,10 @@ class Flow:
         """The point at time t and the velocity there."""
         point = sample_path(x0, x1, t)
         return Noised(point.x_t, t, point.velocity, x0)
+
+    def coupled(self, x0: Tensor, x1: Tensor, coupling: str) -> Tensor:
+        """As in stage 1."""
+        return couple(coupling, x0, x1)
 
     def times(self, n: int, law: Times, generator: torch.Generator) -> Tensor:
         """As in stage 1."""

@@ -26,6 +26,9 @@ class Process(Protocol):
     def noised(self, x1: Tensor, x0: Tensor, t: Tensor) -> Noised:
         """x1 [B, C, H, W] mixed with the noise x0 at times t [B]."""
 
+    def coupled(self, x0: Tensor, x1: Tensor, coupling: str) -> Tensor:
+        """The noise x0 [B, C, H, W] in the order in which it goes with the data x1, as ``image_flow.coupling`` asks."""
+
     def times(self, n: int, law: Times, generator: torch.Generator) -> Tensor:
         """Training times, [n] on the CPU."""
 

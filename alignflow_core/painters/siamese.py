@@ -24,6 +24,7 @@ def loss(model: DenseControlNetPainter, process: Process, x1: Tensor, cond: Tens
     """
     x0 = torch.randn(x1.shape, generator=draw).to(x1)
     t = process.times(len(x1), settings.times, draw).to(x1)
+    x0 = process.coupled(x0, x1, settings.coupling)
     point = process.noised(x1, x0, t)
     by_mask, by_image = branches(model, point.x_t, t, x1, cond, done)
     total = sum(error(a, b).mean() for a, b in ((by_mask, point.target), (by_image, point.target), (by_mask, by_image.detach())))

@@ -21,7 +21,7 @@ SIDE = 224  # the size at which such encoders are mostly trained
 
 
 class Pretrained(Encoder):
-    """Maps: the middle and the last hidden state, tokens laid out as images; layout: the class token, if there is one.
+    """Maps: the middle and the last hidden state, tokens laid out as images; class and register tokens are left out.
 
     Args:
         model: vision model of ``transformers`` that returns hidden states [B, C, H, W] or [B, T, C].

@@ -80,7 +80,8 @@ class PrivateSum:
         accountant.history = [(self.noise_multiplier, SAMPLE_RATE, self.n_steps)]
         return {"epsilon": float(accountant.get_epsilon(delta=self.privacy.delta)), "delta": self.privacy.delta,
                 "noise_multiplier": self.noise_multiplier, "steps": self.n_steps, "sample_rate": SAMPLE_RATE, "n_records": n,
-                "record": "one reference that is aligned to, added or removed", "accountant": f"RDP, Opacus {version('opacus')}"}
+                "record": "one reference that is aligned to, its gradient in the sum or left out; their number is public",
+                "accountant": f"RDP, Opacus {version('opacus')}"}
 
 
 def salt(*parts: bytes) -> str:
