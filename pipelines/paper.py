@@ -13,7 +13,7 @@ from alignflow_core.errors import InputError
 from pipelines import local
 from pipelines.compose import merged, rewrite_params, write_params
 
-SETTINGS = ("comparators=paper", "segment.architectures=[unet,segformer,dpt]")
+SETTINGS = ("comparators=paper", "segment.architectures=[unet,segformer,dpt]", "segment.seeds=1")  # three draws of every arm as it is
 ARMS = ["aligned+filtered", "aligned+filtered+colour"]
 PLAIN = {"regions": "none", "recolour": False, "rounds": 1}  # without what is ours
 RIVALS: dict[str, dict[str, Any]] = {
