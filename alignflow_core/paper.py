@@ -26,7 +26,7 @@ from alignflow_core.stages import artifact_dir
 
 OURS = "aligned+filtered"
 COUNT = "count"  # variants of other numbers of references are named TARGET-countN
-MEAN = "mean of targets"
+MEAN, MEAN_SEGMENTER = "mean of targets", "mean of segmenters"
 STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
 GRID_ROWS = 2
 
@@ -115,9 +115,14 @@ def methods(runs: Runs, target: str, file: str, column: str, chosen: dict[str, s
 
 
 def downstream(runs: Runs) -> pd.DataFrame:
-    """One row per target (and their mean), segmenter, method and metric: mean, interval, difference to ours on equal augmentation, p."""
+    """One row per target (and their mean), segmenter (and their mean), method and metric: mean, interval, difference to ours, p.
+
+    Ours is that of equal augmentation. A mean of segmenters is taken image by image: what they share is the painter.
+    """
     values = pd.concat([methods(runs, t, "metrics.parquet", "arm", {OURS: "", OURS + COLOUR: COLOUR}) for t in runs.targets], ignore_index=True)
     values = values[values["metric"].isin(["dice", "iou"])]
+    if values["segmenter"].nunique() > 1:
+        values = pd.concat([values, values.assign(segmenter=MEAN_SEGMENTER)], ignore_index=True)
     baselines = tuple(arm for arm in (OURS, OURS + COLOUR) if arm in set(values["arm"]))
     own = np.where(values["arm"].str.endswith(COLOUR) & (OURS + COLOUR in baselines), OURS + COLOUR, baselines[0])
     tables = []

@@ -2,13 +2,15 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from alignflow_core import paper
 from alignflow_core.config import Align, Evaluate, Training
-from alignflow_core.paper import MEAN, downstream_page, mean_of_targets
+from alignflow_core.paper import MEAN, MEAN_SEGMENTER, downstream, downstream_page, mean_of_targets
 from pipelines.cli import main
 from pipelines.paper import RIVALS, with_rivals
 
@@ -34,6 +36,21 @@ def test_mean_of_targets_weighs_targets_alike_and_pairs_images() -> None:
     assert table.loc["source", "diff_ci_low"] == pytest.approx(-0.1), "every image differs by the same: paired, the interval is a point"
     assert table.loc["source", "ci_low"] < table.loc["source", "mean"] < table.loc["source", "ci_high"]
     assert set(table["target"]) == {MEAN}
+
+
+def test_segmenters_are_averaged_image_by_image_and_augmentations_compared_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = {"source": 0.5, "stage1": 0.6, "aligned+filtered": 0.7, "source+colour": 0.6, "aligned+filtered+colour": 0.9}
+    unet = long_table({"a": arms}, n=30)
+    dpt = unet.assign(segmenter="dpt", value=unet["value"] + np.where(unet["arm"] == "source", 0.1, 0.0))
+    monkeypatch.setattr(paper, "methods", lambda *names: pd.concat([unet, dpt], ignore_index=True))
+    settings = SimpleNamespace(evaluate=Evaluate(bootstrap=200), seed=0)
+    table = downstream(SimpleNamespace(targets=("a",), project=settings)).query("target == 'a'").set_index(["segmenter", "arm"])
+    assert {segmenter: table.loc[(segmenter, "source"), "difference"] for segmenter in ("unet", "dpt", MEAN_SEGMENTER)} == \
+        pytest.approx({"unet": -0.2, "dpt": -0.1, MEAN_SEGMENTER: -0.15})
+    assert table.loc[(MEAN_SEGMENTER, "source+colour"), "baseline"] == "aligned+filtered+colour"
+    assert table.loc[("unet", "source+colour"), "difference"] == pytest.approx(-0.3)
+    plain = table.loc["unet"].loc[["source", "stage1"]]
+    assert plain["p_adjusted"].min() == pytest.approx(2 * plain["p_value"].min()), "two tests without augmentation, not three"
 
 
 def test_stars_say_whether_the_interval_excludes_0() -> None:
@@ -75,7 +92,7 @@ def test_paper_on_the_phantom(tmp_path: Path) -> None:
     downstream = pd.read_csv(out / "paper/downstream.csv")
     methods = PAINTERS | set(RIVALS) | {"source", "stage1", "reinhard", "fourier", "aligned", "aligned+filtered", "references-labelled", "oracle"}
     for target in ("amber", "violet", MEAN):
-        for segmenter in ("unet", "segformer", "dpt"):
+        for segmenter in ("unet", "segformer", "dpt", MEAN_SEGMENTER):
             own = downstream[(downstream["target"] == target) & (downstream["segmenter"] == segmenter)]
             assert methods <= set(own["arm"]) and {f"{name}+colour" for name in PAINTERS | set(RIVALS)} <= set(own["arm"])
             assert own[["mean", "ci_low", "ci_high"]].notna().all(None)
