@@ -115,7 +115,7 @@ def methods(runs: Runs, target: str, file: str, column: str, chosen: dict[str, s
 
 
 def downstream(runs: Runs) -> pd.DataFrame:
-    """One row per target (and their mean), segmenter (and their mean), method and metric: mean, interval, difference to ours, p.
+    """One row per target (several: and their mean), segmenter (and their mean), method and metric: mean, interval, difference to ours, p.
 
     Ours is that of equal augmentation. A mean of segmenters is taken image by image: what they share is the painter.
     """
@@ -130,9 +130,10 @@ def downstream(runs: Runs) -> pd.DataFrame:
         settings: Any = dataclasses.replace(runs.project.evaluate, baselines=(baseline,))
         alike = values[own == baseline]
         tables.append(compare(alike, settings, runs.project.seed))
-        tables += [mean_of_targets(part, baseline, settings, runs.project.seed).assign(segmenter=part["segmenter"].iloc[0],
-                                                                                       metric=part["metric"].iloc[0])
-                   for _, part in alike.groupby(["segmenter", "metric"], sort=False)]
+        if len(runs.targets) > 1:
+            tables += [mean_of_targets(part, baseline, settings, runs.project.seed).assign(segmenter=part["segmenter"].iloc[0],
+                                                                                           metric=part["metric"].iloc[0])
+                       for _, part in alike.groupby(["segmenter", "metric"], sort=False)]
     return pd.concat(tables, ignore_index=True)
 
 
@@ -164,7 +165,7 @@ def downstream_page(table: pd.DataFrame) -> pd.DataFrame:
     words = table["metric"].map({"dice": "Dice", "iou": "IoU"})
     cells = table.assign(cell=[_cell(row) for row in table.to_dict("records")], column=table["target"] + " " + words)
     page = cells.pivot_table(index=["segmenter", "arm"], columns="column", values="cell", aggfunc="first", sort=False)
-    return page[list(dict.fromkeys(cells["column"]))].reset_index().rename(columns={"arm": "method"})
+    return page[list(dict.fromkeys(cells["column"]))].reset_index().rename(columns={"arm": "method"}).rename_axis(columns=None)
 
 
 def _cell(row: dict[Any, Any]) -> str:
@@ -203,7 +204,7 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
     cells = table.assign(cell=[f"{r['value']:.3g} [{r['ci_low']:.3g}, {r['ci_high']:.3g}]" if pd.notna(r["ci_low"]) else f"{r['value']:.3g}"
                                for r in table.to_dict("records")])
     page = cells.pivot_table(index=["target", "set"], columns="metric", values="cell", aggfunc="first", sort=False)
-    return page.reset_index().rename(columns={"set": "method"})
+    return page.reset_index().rename(columns={"set": "method"}).rename_axis(columns=None)
 
 
 def reference_counts(runs: Runs) -> pd.DataFrame:
