@@ -298,15 +298,16 @@ def compose(options: argparse.Namespace) -> int:
     """conf -> params.yaml."""
     from alignflow_core.config import read_params
     from pipelines.compose import compose as composed
-    from pipelines.compose import refuse_to_lose, write_params
+    from pipelines.compose import refuse_to_lose, render, write_text
 
     file = options.root / "params.yaml"
+    wanted = composed(options.overrides)
     if not options.check:
-        for name in refuse_to_lose(file, composed(options.overrides)):
+        for name in refuse_to_lose(file, wanted):
             print(f"{file}: target {name} is no longer in it; 'alignflow target add' or 'ablate' adds it again", file=sys.stderr)
-        write_params(file, options.overrides)
+        write_text(file, render(wanted, options.overrides))
         return 0
-    now, wanted = read_params(file), composed(options.overrides)
+    now = read_params(file)
     differing = sorted(str(section) for section in now.keys() | wanted.keys() if now.get(section) != wanted.get(section))
     if differing:
         print(f"{file}: differs in {', '.join(differing)}; run 'alignflow compose' with the same options", file=sys.stderr)

@@ -5,8 +5,7 @@ from torch import Tensor
 
 from alignflow_core.config import Times
 from alignflow_core.flow.coupling import couple
-from alignflow_core.flow.path import VelocityModel, expand, sample_path, sample_times
-from alignflow_core.flow.solver import euler, time_grid
+from alignflow_core.flow.path import expand, sample_path, sample_times
 from alignflow_core.painters.process import Noised
 
 
@@ -29,7 +28,3 @@ class Flow:
     def clean(self, point: Noised, prediction: Tensor) -> Tensor:
         """``x_t + (1 - t) v``."""
         return point.x_t + (1 - expand(point.t, point.x_t)) * prediction
-
-    def sample(self, model: VelocityModel, x0: Tensor, cond: Tensor, n_steps: int) -> Tensor:
-        """Euler steps of equal length."""
-        return euler(model, x0, cond, time_grid(n_steps))

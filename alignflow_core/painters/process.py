@@ -21,7 +21,7 @@ class Noised:
 
 
 class Process(Protocol):
-    """Noising, its inversion and sampling; ``model`` is called ``(x_t, t, cond)`` as everywhere."""
+    """Noising and its inversion."""
 
     def noised(self, x1: Tensor, x0: Tensor, t: Tensor) -> Noised:
         """x1 [B, C, H, W] mixed with the noise x0 at times t [B]."""
@@ -35,5 +35,9 @@ class Process(Protocol):
     def clean(self, point: Noised, prediction: Tensor) -> Tensor:
         """The data that a prediction at a point stands for, [B, C, H, W]."""
 
+
+class Sampled(Process, Protocol):
+    """A process with a sampler of its own: all but the flow, which is drawn by ``flow/solver.py`` as stage 1 is."""
+
     def sample(self, model: VelocityModel, x0: Tensor, cond: Tensor, n_steps: int) -> Tensor:
-        """Noise x0 -> data, one call of the model a step."""
+        """Noise x0 -> data, one call of ``model(x_t, t, cond)`` a step."""
