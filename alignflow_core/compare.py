@@ -6,6 +6,7 @@ generator or a segmenter anew; that needs several seeds and is a wider interval.
 tested by itself: what one finds does not depend on which others were trained.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +18,17 @@ from alignflow_core.metrics.comparison import compare, gap_closed
 from alignflow_core.networks.registry import prefix
 from alignflow_core.runner import Context
 
+SOURCE = "source"  # the arm trained on real source pairs alone
+HARM_BAR = 0.02  # Dice that an arm may lose on the source's own test images before it counts as harmed; less is of no consequence
+
 
 def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, context: Context) -> dict[str, float]:
     """Compare every arm with every baseline on every target, segmenter by segmenter.
 
     Writes ``comparison.parquet`` and ``.csv`` (classes averaged per image; an arm beside itself has its mean and no difference),
-    ``per_class.parquet`` (the same with a ``class`` column) and ``gap.parquet``
-    (share of the gap between ``source`` and ``oracle`` that an arm closes).
+    ``per_class.parquet`` (the same with a ``class`` column), ``source_test.parquet`` (the same on the source's own test images, Dice against the arm
+    ``source``, and whether an arm is ``harmed``: clearly worse there; no rows without that arm or such images) and ``gap.parquet`` (share of the gap
+    between ``source`` and ``oracle`` that an arm closes).
 
     Returns:
         ``difference_<target>_<arm>_<baseline>`` in Dice and ``gap_closed_<target>_<arm>`` of the first segmenter architecture,
@@ -35,6 +40,9 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     table.to_csv(out_dir / "comparison.csv", index=False, float_format="%.6g")
     by_class = [compare(part, config.evaluate, config.seed).assign(**{"class": str(name)}) for name, part in values.groupby("class", sort=False)]
     pd.concat(by_class, ignore_index=True).to_parquet(out_dir / "per_class.parquet", index=False)
+    at_home = pd.concat([pd.read_parquet(folder / "source_test.parquet") for folder in inputs.values()], ignore_index=True)
+    there = compare(at_home, dataclasses.replace(config.evaluate, baselines=(SOURCE,)), config.seed) if SOURCE in set(at_home["arm"]) else table[:0]
+    there.assign(harmed=(there["difference"] < -HARM_BAR) & (there["diff_ci_high"] < 0)).to_parquet(out_dir / "source_test.parquet", index=False)
     gap = gap_closed(table)
     gap.to_parquet(out_dir / "gap.parquet", index=False)
     first = table["segmenter"].iloc[0]

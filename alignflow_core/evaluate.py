@@ -1,6 +1,7 @@
-"""Every arm on the target's held-out test images; distances between image sets; copy check; does stage 1 obey its masks.
+"""Every arm on the target's held-out test images and on the source's; distances between image sets; copy check; does stage 1 obey its masks.
 
-Writes ``metrics.parquet`` (one value per image, class, segmenter, arm and seed), ``distances.parquet`` (each with its
+Writes ``metrics.parquet`` (one value per image, class, segmenter, arm and seed), ``source_test.parquet`` (the same of the source's test images, Dice
+alone, classes averaged), ``distances.parquet`` (each with its
 number of images, 95 % interval and real-against-real floor), ``copying.parquet``, ``membership.parquet``, ``features.parquet`` (for the map
 of the sets), ``appearance.parquet`` (colour, contrast, sharpness and noise of every image, by set) and ``paired.parquet`` (each painter's
 image of a held-out mask against the real image of that mask).
@@ -29,7 +30,7 @@ from alignflow_core.metrics.jackknife import estimates
 from alignflow_core.metrics.overlap import overlap, ratio_error
 from alignflow_core.metrics.paired import paired
 from alignflow_core.networks.registry import prefix
-from alignflow_core.networks.segmenters import load_segmenter, predict
+from alignflow_core.networks.segmenters import load_segmenter, mean_dice, predict
 from alignflow_core.pairs import Pairs, read_array, read_pairs
 from alignflow_core.runner import Context
 from alignflow_core.seeding import derive_seed
@@ -55,6 +56,11 @@ class Measured:
         """Rows that distances and appearance are about, [len(aligned)]; row i of every painter is of the same mask and noise."""
         return at_full_strength(self.aligned.table)
 
+    @cached_property
+    def source_test(self) -> Pairs:
+        """The source's own held-out test images."""
+        return self.source.select((self.source.table["split"] == "test").to_numpy())
+
     @property
     def painted(self) -> dict[str, Pairs]:
         """Every painter's pairs of these rows, so that sets of one size are compared."""
@@ -70,8 +76,8 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     """Measure one target.
 
     Returns:
-        Means over images, classes and seeds (``dice_<arm>``, ``iou_<arm>`` … of the first segmenter architecture,
-        ``<architecture>/dice_<arm>`` of others), ``kid_<set>``, the copy rates and
+        Means over images, classes and seeds (``dice_<arm>``, ``iou_<arm>`` …, on the source's test images ``source_dice_<arm>``, of the first
+        segmenter architecture, ``<architecture>/dice_<arm>`` of others), ``kid_<set>``, the copy rates and
         ``obey_ratio``: Dice of the ``source`` segmenter on stage-1 images against their masks over its Dice on real source test images.
     """
     device = prepare(config.machine)
@@ -83,8 +89,9 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
         pd.read_parquet(inputs["filter"] / "manifest.parquet")["kept"].to_numpy(bool), comparators(inputs),
     )
     target = str(context.key)
-    table = _arm_table(config, inputs, data.test, target, device, context)
+    table, at_home = _arm_tables(config, inputs, data, target, device, context)
     table.to_parquet(out_dir / "metrics.parquet", index=False)
+    at_home.to_parquet(out_dir / "source_test.parquet", index=False)
     distances, features = _image_distances(data, target, config.seed)
     distances.to_parquet(out_dir / "distances.parquet", index=False)
     features.to_parquet(out_dir / "features.parquet", index=False)
@@ -99,6 +106,8 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     means = table.groupby(["segmenter", "metric", "arm"])["value"].mean().reset_index()
     first = table["segmenter"].iloc[0]
     numbers = {f"{prefix(row['segmenter'], first)}{row['metric']}_{metric_name(row['arm'])}": float(row["value"]) for row in means.to_dict("records")}
+    at_home = at_home.groupby(["segmenter", "arm"])["value"].mean().reset_index()
+    numbers |= {f"{prefix(row['segmenter'], first)}source_dice_{metric_name(row['arm'])}": float(row["value"]) for row in at_home.to_dict("records")}
     kid = distances[distances["metric"] == "kid"]
     numbers |= {f"kid_{metric_name(name)}": float(value) for name, value in zip(kid["set"], kid["value"], strict=True)}
     numbers |= copy_numbers | membership_numbers(attacks) | _obedience(config.task, inputs["segment_source"], data, device)
@@ -115,19 +124,27 @@ def metric_name(arm: str) -> str:
     return arm.replace("+", "_plus_")
 
 
-def _arm_table(config: SimpleNamespace, inputs: Mapping[str, Path], test: Pairs, target: str, device: torch.device, context: Context) -> pd.DataFrame:
-    """One row per test image, class, metric, segmenter, arm and segmenter seed."""
+def _arm_tables(config: SimpleNamespace, inputs: Mapping[str, Path], data: Measured, target: str, device: torch.device,
+                context: Context) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """One row per test image, class, metric, segmenter, arm and segmenter seed; and per test image of the source, its mean Dice."""
     folders = [folder for name, folder in inputs.items() if name.startswith("segment_")]
     rows = [row | {"root": folder} for folder in folders for row in pd.read_parquet(folder / "segmenters.parquet").to_dict("records")]
-    frames = []
+    frames, at_home = [], []
     for done, row in enumerate(rows, start=1):
-        predicted = predict(load_segmenter(row["root"] / row["folder"], device), test.images, config.task, device)
-        frame = _image_table(predicted, test, config.task)
-        frames.append(frame.assign(target=target, arm=row["arm"], generator_seed=config.seed, segmenter=row["segmenter"],
-                                   segmenter_seed=row["segmenter_seed"]))
+        model = load_segmenter(row["root"] / row["folder"], device)
+        names = {"target": target, "arm": row["arm"], "generator_seed": config.seed, "segmenter": row["segmenter"],
+                 "segmenter_seed": row["segmenter_seed"]}
+        frames.append(_image_table(predict(model, data.test.images, config.task, device), data.test, config.task).assign(**names))
+        at_home.append(_source_table(model, data.source_test, config.task, device).assign(**names))
         context.progress(done, len(rows), row["arm"])
     columns = ["target", "arm", "generator_seed", "segmenter", "segmenter_seed", "case_id", "group", "class", "metric", "value"]
-    return pd.concat(frames, ignore_index=True)[columns]
+    return pd.concat(frames, ignore_index=True)[columns], pd.concat(at_home, ignore_index=True)[columns]
+
+
+def _source_table(model: torch.nn.Module, test: Pairs, task: Task, device: torch.device) -> pd.DataFrame:
+    """Long table of the mean Dice of every test image of the source; without rows where it has none."""
+    dice = mean_dice(predict(model, test.images, task, device), test.labels, task)
+    return pd.DataFrame({"case_id": test.ids, "group": test.table["group"].astype(str).to_numpy(), "class": "mean", "metric": "dice", "value": dice})
 
 
 def _image_table(predicted: np.ndarray, test: Pairs, task: Task) -> pd.DataFrame:
@@ -148,8 +165,7 @@ def _obedience(task: Task, segmenters: Path, data: Measured, device: torch.devic
     if first.empty:
         return {}
     model = load_segmenter(segmenters / first["folder"].iloc[0], device)
-    real = data.source.select((data.source.table["split"] == "test").to_numpy())
-    sets = {"real": real, "stage1": data.stage1}
+    sets = {"real": data.source_test, "stage1": data.stage1}
     dice = {name: overlap(predict(model, pairs.images, task, device), pairs.labels, task)["dice"].mean(0) for name, pairs in sets.items()}
     numbers = {f"obey_{name}_{each}": float(value) for name, values in dice.items() for each, value in zip(task.classes, values, strict=True)}
     numbers |= {f"obey_{name}": float(values.mean()) for name, values in dice.items()}

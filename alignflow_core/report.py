@@ -51,8 +51,9 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     targets = [name.partition(":")[2] for name in inputs if name.startswith("evaluate:")]
     source = read_pairs(inputs["data:source"])
     compared, gap, per_class = (pd.read_parquet(inputs["compare"] / f"{name}.parquet") for name in ("comparison", "gap", "per_class"))
+    at_home = pd.read_parquet(inputs["compare"] / "source_test.parquet")
     segmenters = list(dict.fromkeys(compared["segmenter"]))
-    comparison, gap, per_class = (table[table["segmenter"] == segmenters[0]] for table in (compared, gap, per_class))
+    comparison, gap, per_class, at_home = (table[table["segmenter"] == segmenters[0]] for table in (compared, gap, per_class, at_home))
     level = read_json(inputs["compare"] / "metrics.json")["interval_level"]
     arms = in_order(comparison["arm"])
     metrics = [metric for metric in METRIC_WORDS if metric in set(comparison["metric"])]
@@ -69,6 +70,7 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
         arm_words={arm: arm_words(arm) for arm in arms}, arm_colours={arm: figures.colour_of(arm) for arm in arms},
         baselines=list(dict.fromkeys(comparison["baseline"])), task=config.task, source=_split_counts(source), size=source.images.shape[1],
         forest=figures.forest(once[once["metric"] == "dice"], targets, "Dice, mean over held-out test images"),
+        at_home={name: _by_arm(at_home[at_home["target"] == name]) for name in targets}, harm=_harm(at_home, targets),
         segmenters=segmenters, by_segmenter=_by_segmenter(compared, targets),
         classes=_per_class(per_class, targets, metrics) if len(config.task.classes) > 1 else [],
         ablations=_ablations(targets, variants, config, inputs, comparison), losses=_losses(inputs, targets),
@@ -206,6 +208,18 @@ def _rows(table: pd.DataFrame, shares: dict[str, float]) -> list[dict[str, Any]]
         dice = part[part["metric"] == "dice"].set_index("baseline").to_dict("index")
         rows.append({"arm": arm, "means": means, "versus": dice, "gap": shares.get(arm, float("nan"))})
     return rows
+
+
+def _by_arm(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of one target, arm by arm."""
+    rows = {str(row["arm"]): {str(name): value for name, value in row.items()} for row in table.to_dict("records")}
+    return [rows[arm] for arm in in_order(rows)]
+
+
+def _harm(at_home: pd.DataFrame, targets: list[str]) -> dict[str, Any] | None:
+    """Stage 1's row on the source's test images if its pairs harm a segmenter there."""
+    rows = at_home[(at_home["arm"] == "stage1") & at_home["target"].isin(targets) & at_home["harmed"]]
+    return None if rows.empty else {str(name): value for name, value in rows.iloc[0].items()}
 
 
 def _headline(table: pd.DataFrame, shares: dict[str, float], facts: dict[str, Any]) -> dict[str, Any]:

@@ -185,6 +185,16 @@ def no_copies(root: Path, key: str | None) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(passed=not above, severity=WARN, metadata=metadata)
 
 
+def painted_pairs_teach(root: Path, key: str | None) -> dg.AssetCheckResult:
+    """With pairs of stage 1 a segmenter does not clearly lose Dice on the source's own test images, where nothing has to be bridged."""
+    import pandas as pd
+
+    table = pd.read_parquet(root / artifact_dir("compare", key) / "source_test.parquet")
+    rows = table[table["arm"] == "stage1"].drop_duplicates("segmenter")
+    return dg.AssetCheckResult(passed=not rows["harmed"].any(), severity=WARN, metadata={
+        f"difference_{segmenter}": float(difference) for segmenter, difference in zip(rows["segmenter"], rows["difference"], strict=True)})
+
+
 def scores_in_range(root: Path, key: str | None) -> dg.AssetCheckResult:
     """Every mean Dice is a number between 0 and 1."""
     numbers = read_json(root / artifact_dir("evaluate", key) / "metrics.json")
@@ -242,6 +252,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
     "filter": (_plain(kept_fraction), _plain(mask_agreement)),
     "segment_target": (finite_losses("segment_target"),),
     "evaluate": (_plain(scores_in_range, blocking=True), _plain(no_copies)),
+    "compare": (_plain(painted_pairs_teach),),
 }
 
 

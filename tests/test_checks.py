@@ -159,6 +159,13 @@ def test_scores_in_range(root: Path, metrics: dict[str, float], passed: bool) ->
     assert says(check_named("evaluate", "scores_in_range"), root) is passed
 
 
+@pytest.mark.parametrize(("arms", "harmed", "passed"), [
+    (["source", "stage1", "aligned"], [False, False, True], True), (["source", "stage1"], [False, True], False), (["source"], [False], True)])
+def test_painted_pairs_teach(root: Path, arms: list[str], harmed: list[bool], passed: bool) -> None:
+    write_table(root, "compare", "source_test", arm=arms, segmenter="unet", difference=0.0, harmed=harmed)
+    assert says(check_named("compare", "painted_pairs_teach"), root, None) is passed
+
+
 def test_results_are_fresh_by_content(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def passed(stale: list[tuple[str, str]]) -> list[bool]:
         return [freshness.up_to_date(stale, stage).passed for stage in freshness.RESULTS]
@@ -191,7 +198,8 @@ def test_a_missing_file_fails_a_check_and_not_the_run(root: Path) -> None:
 def test_what_blocks() -> None:
     blocking = {(stage, check.name) for stage, each in CHECKS.items() for check in each if check.blocking}
     warning = {(stage, check.name) for stage, each in CHECKS.items() for check in each} - blocking
-    assert warning == {("sample_masks", "class_areas"), ("filter", "kept_fraction"), ("filter", "mask_agreement"), ("evaluate", "no_copies")}
+    assert warning == {("sample_masks", "class_areas"), ("filter", "kept_fraction"), ("filter", "mask_agreement"), ("evaluate", "no_copies"),
+                       ("compare", "painted_pairs_teach")}
     assert {stage for stage, name in blocking if name == "finite_losses"} == {
         "mask_flow", "image_flow", "labeller", "align", "segment_source", "segment_target"}
 

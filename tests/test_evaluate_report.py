@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from alignflow_core import compare, evaluate, report
 from alignflow_core.artifact import tree_hash, write_json
@@ -16,11 +17,12 @@ from alignflow_core.config import Align, Evaluate, Machine, Network, References,
 from alignflow_core.errors import InputError
 from alignflow_core.full_strength import at_full_strength
 from alignflow_core.metrics import comparison
+from alignflow_core.metrics.overlap import overlap
 from alignflow_core.metrics.statistics import holm
 from alignflow_core.networks import velocity_unet
 from alignflow_core.networks.registry import arm_folder
-from alignflow_core.networks.segmenters import build_segmenter, save_segmenter
-from alignflow_core.pairs import Pairs, write_pairs
+from alignflow_core.networks.segmenters import build_segmenter, load_segmenter, predict, save_segmenter
+from alignflow_core.pairs import Pairs, read_pairs, write_pairs
 from alignflow_core.runner import Context
 from alignflow_core.segmenter_fit import COLUMNS
 from alignflow_core.stages import source_files
@@ -160,6 +162,51 @@ def test_evaluate_writes_a_value_per_image_class_segmenter_arm_and_seed(evaluate
     assert len(dice) == 16 * 2 * 5 * 2 * 2 and dice["value"].between(0, 1).all()
     assert set(table["metric"]) == {"dice", "iou", "hd95", "cdr_error"}
     assert set(table.loc[table["metric"] == "cdr_error", "class"]) == {"cup"}
+
+
+def test_segmenters_are_tried_on_the_source_s_own_test_images(project: Path, evaluated: Path):
+    table = pd.read_parquet(evaluated / "source_test.parquet")
+    assert list(table.columns) == list(pd.read_parquet(evaluated / "metrics.parquet").columns)
+    assert len(table) == 16 * 5 * 2 * 2 and set(table["metric"]) == {"dice"} and table["value"].between(0, 1).all()
+    source = read_pairs(project / "artifacts/data/standard", "test")
+    assert set(table["case_id"]) == set(source.ids)
+    model = load_segmenter(project / "artifacts/segment_source/stage1/seed1", torch.device("cpu"))
+    own = table.query("segmenter == 'unet' and arm == 'stage1' and segmenter_seed == 1").set_index("case_id")["value"]
+    dice = overlap(predict(model, source.images, TASK, torch.device("cpu")), source.labels, TASK)["dice"].mean(1)
+    assert own[list(source.ids)].tolist() == pytest.approx(dice.tolist())
+    assert pd.read_json(evaluated / "metrics.json", typ="series")["source_dice_stage1"] == pytest.approx(
+        table.query("segmenter == 'unet' and arm == 'stage1'")["value"].mean())
+
+
+def test_who_loses_at_home_is_said_to_be_harmed(tmp_path: Path):
+    rng = np.random.default_rng(3)
+    base = rng.uniform(0.6, 0.8, 40)
+    values = long_table({"source": base, "stage1": base - 0.05 + rng.normal(0, 0.02, 40), "aligned": base - 0.01 + rng.normal(0, 0.02, 40),
+                         "oracle": base - 0.03 + rng.normal(0, 0.3, 40)})
+    for file in ("metrics", "source_test"):
+        values.to_parquet(tmp_path / f"{file}.parquet")
+    compare.run(CONFIG, {"evaluate:t": tmp_path}, tmp_path, context(tmp_path, None))
+    found = pd.read_parquet(tmp_path / "source_test.parquet").set_index("arm")
+    assert found["harmed"].to_dict() == {"source": False, "stage1": True, "aligned": False, "oracle": False}, "neither little nor doubtful loss"
+    assert found.loc["stage1", "difference"] == pytest.approx(-0.05, abs=0.01) and set(found["baseline"]) == {"source"}
+    values[values["arm"] != "source"].to_parquet(tmp_path / "source_test.parquet")
+    compare.run(CONFIG, {"evaluate:t": tmp_path}, tmp_path, context(tmp_path, None))
+    assert pd.read_parquet(tmp_path / "source_test.parquet").empty, "nothing to compare with"
+
+
+def test_report_warns_where_painted_pairs_do_not_teach(project: Path, compared: Path, tmp_path: Path):
+    page = (build(project, "report", report.run, None, REPORT_INPUTS) / "index.html").read_text()
+    assert "On the source's own test images" in page
+    shutil.copytree(project, tmp_path / "project")
+    file = tmp_path / "project/artifacts/compare/source_test.parquet"
+    table = pd.read_parquet(file)
+    for harmed in (False, True):
+        table.assign(harmed=harmed & (table["arm"] == "stage1")).to_parquet(file)
+        page = (build(tmp_path / "project", "report", report.run, None, REPORT_INPUTS) / "index.html").read_text()
+        assert ("do not teach" in page) is harmed
+    table[:0].to_parquet(file)
+    page = (build(tmp_path / "project", "report", report.run, None, REPORT_INPUTS) / "index.html").read_text()
+    assert "On the source's own test images" not in page
 
 
 def test_evaluate_measures_images_with_their_n_and_floor(evaluated: Path):

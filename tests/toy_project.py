@@ -80,6 +80,7 @@ def build(config, inputs, out_dir, context):
                                             "difference", "diff_ci_low", "diff_ci_high"])
         table.to_parquet(out_dir / "comparison.parquet", index=False)
         table.to_csv(out_dir / "comparison.csv", index=False)
+        table.assign(harmed=False).to_parquet(out_dir / "source_test.parquet", index=False)
     if stage == "report":
         (out_dir / "index.html").write_text("<h1>report</h1>")
     return {}
