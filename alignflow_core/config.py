@@ -476,6 +476,8 @@ class Sample:
 
     ``n_paired`` held-out masks of the target are painted too, to be compared with their real images. ``strengths`` dial alignment:
     0 paints with stage 1, 1 with the aligned weights, between and beyond with weights on their line; each aligned pair takes one of them.
+    ``starts`` are times on the path: an aligned pair of a real mask is painted from one of them on, from that mask's own image noised to this time
+    (SDEdit, arXiv 2108.01073); 0 is noise alone, from which pairs of drawn masks always are.
     """
 
     n_pairs: int = 256
@@ -485,6 +487,7 @@ class Sample:
     n_steps: int = 12
     guidance_scale: float = 1.0
     strengths: tuple[float, ...] = (1.0,)
+    starts: tuple[float, ...] = (0.0,)
     mask_source: str = "mixed"
     area_quantile: float = 0.005
     copy_dice: float = 0.98
@@ -497,6 +500,9 @@ class Sample:
         at_least("number of sample.strengths", len(self.strengths), 1)
         for strength in self.strengths:
             between("sample.strengths", strength, 0.0, 1.5)
+        at_least("number of sample.starts", len(self.starts), 1)
+        for start in self.starts:
+            between("sample.starts", start, 0.0, 0.9)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Keep the synthetic pairs that are plausible, novel and true to their mask (our choice; the paper keeps all).
 
-* plausible: not an outlier among the pairs of its strength (of which one or two cannot be judged so), by the robust deviation of its reward features;
+* plausible: not an outlier, by the robust deviation of its reward features, among the pairs of its strength and start (of which one or two cannot be
+  judged so);
 * novel: not closer to a reference than real images are (``metrics/copying.py``); not asked where the references are moments alone;
 * mask-true: a judge that never saw the pair finds its mask again. Two judges are trained, each on one half of the
   synthetic pairs, and judge the other half: they know the target's look but need no target label.
@@ -63,14 +64,13 @@ def _area_ratios(areas: np.ndarray, reference_areas: np.ndarray, task: Task) -> 
 
 
 def _outlyingness(pairs: Pairs, source: Pairs) -> np.ndarray:
-    """Root mean square of robust z-scores of a pair's features among the pairs of its strength, over its median: 1 is typical, [N]."""
+    """Root mean square of robust z-scores of a pair's features among the pairs of its strength and start, over its median: 1 is typical, [N]."""
     with torch.no_grad():
         real, painted = to_unit(source.images), to_unit(pairs.images)
         features = Standardised(StatConv(), real, real[:, :0])(painted, painted[:, :0])[0].numpy()
-    strengths = pairs.table["strength"].to_numpy() if "strength" in pairs.table else np.ones(len(pairs))
+    named = [name for name in ("strength", "start") if name in pairs.table]
     found = np.empty(len(pairs))
-    for strength in np.unique(strengths):
-        alike = strengths == strength
+    for alike in pairs.table.groupby(named).indices.values() if named else [np.arange(len(pairs))]:
         centred = features[alike] - np.median(features[alike], axis=0)
         z = centred / (1.4826 * np.median(np.abs(centred), axis=0) + 1e-6)
         size = np.sqrt(np.mean(np.clip(z, -20, 20) ** 2, axis=1))

@@ -142,7 +142,8 @@ def _target(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], so
         "membership": _membership(read_json(folder / "metrics.json")),
         "obey": {k: v for k, v in read_json(folder / "metrics.json").items() if k.startswith("obey_")},
         "distances": _distance_rows(pd.read_parquet(folder / "distances.parquet")),
-        "strengths": _strengths(inputs[f"sample_aligned:{target}"]),
+        "strengths": _painted_at(inputs[f"sample_aligned:{target}"], "strength", 1.0),
+        "starts": _painted_at(inputs[f"sample_aligned:{target}"], "start", 0.0),
         "grid": _grid(target, config, inputs, source, references, pairs["kept"].to_numpy(bool)),
         "map": figures.feature_map(pd.read_parquet(folder / "features.parquet")),
         "looks": figures.appearance(looks), "look_rows": _look_rows(looks),
@@ -285,15 +286,15 @@ def _share_gone(start: float, reached: float, goal: float, spread: float) -> flo
     return (reached - start) / (goal - start) if abs(goal - start) > 0.5 * spread else float("nan")
 
 
-def _strengths(folder: Path) -> list[float]:
-    """Strengths that pairs were painted at."""
+def _painted_at(folder: Path, column: str, usual: float) -> list[float]:
+    """Strengths, or starts, that pairs were painted at."""
     table = pd.read_parquet(folder / "manifest.parquet")
-    return sorted(set(table["strength"].tolist())) if "strength" in table else [1.0]
+    return sorted(set(table[column].tolist())) if column in table else [usual]
 
 
 def _grid(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], source: Pairs,
           references: Pairs, kept: np.ndarray) -> list[tuple[str, str]]:
-    """Labelled strips; columns share a mask. The pairs are evenly spaced among those of full strength, not picked."""
+    """Labelled strips; columns share a mask. The pairs are evenly spaced among those of full strength from noise, not picked."""
     task, n = config.task, config.report.examples
     stage1, aligned = read_pairs(inputs["sample_stage1"]), read_pairs(inputs[f"sample_aligned:{target}"])
     full = np.flatnonzero(at_full_strength(aligned.table))

@@ -1,5 +1,6 @@
 """Synthesis: noise -> mask, mask -> image, one seed per pair, so that pair i is the same in any batch or after any restart."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ from alignflow_core.config import Sample, Task
 from alignflow_core.devices import autocast, prepare
 from alignflow_core.errors import StageError
 from alignflow_core.flow.guidance import guided
-from alignflow_core.flow.path import VelocityModel
+from alignflow_core.flow.path import VelocityModel, sample_path
 from alignflow_core.flow.solver import SOLVERS, time_grid
 from alignflow_core.masks import condition, from_regions, regions
 from alignflow_core.networks import velocity_unet
 from alignflow_core.painters.registry import PROCESSES
-from alignflow_core.pairs import Pairs, read_array, read_pairs, to_bytes, write_pairs
+from alignflow_core.pairs import Pairs, read_array, read_pairs, to_bytes, to_unit, write_pairs
 from alignflow_core.registry import load
 from alignflow_core.seeding import derive_seed, generator
 
@@ -56,12 +57,12 @@ def run_masks(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any)
 
 def run_stage1(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
     """Paint the synthetic masks with the stage-1 model."""
-    return _paint(config, inputs["image_flow"], None, inputs["sample_masks"], out_dir, context)
+    return _paint(config, inputs["image_flow"], inputs["sample_masks"], out_dir, context)
 
 
 def run_comparator(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
     """Paint the synthetic masks with a comparator by its own sampler, from the same noise as stage 1."""
-    return _paint(config, inputs["comparator"], None, inputs["sample_masks"], out_dir, context)
+    return _paint(config, inputs["comparator"], inputs["sample_masks"], out_dir, context)
 
 
 def run_paired(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
@@ -90,39 +91,61 @@ def run_paired(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any
     return {"n_pairs": float(len(pairs)), "painters": float(len(painters))}
 
 
+def _dealt(values: Sequence[float], seed: int, purpose: str, n: int) -> np.ndarray:
+    """One of the values for every pair, drawn by its number, [n]."""
+    return np.array([values[derive_seed(seed, purpose, i) % len(values)] for i in range(n)], dtype=float)
+
+
 def _painted(model: torch.nn.Module, facts: dict[str, Any], masks: np.ndarray, seeds: tuple[str, Sequence[int]], config: Any,
-             device: torch.device) -> np.ndarray:
-    """Images uint8 [n, H, W, 3] of class numbers [n, H, W]; image i from noise seeded by ``(seed, seeds[0], seeds[1][i])``."""
+             device: torch.device, seen: tuple[float, np.ndarray] | None = None) -> np.ndarray:
+    """Images uint8 [n, H, W, 3] of class numbers [n, H, W]; image i from noise seeded by ``(seed, seeds[0], seeds[1][i])``.
+
+    ``seen`` is a time and images uint8 [n, H, W, 3] of these masks: painted from these, noised to that time, on.
+    """
     masks = np.asarray(masks)
     cond = condition(masks, config.task, facts["clip"]).to(device)
     noise = torch.stack([torch.randn(3, *masks.shape[1:], generator=generator(config.seed, seeds[0], number)) for number in seeds[1]])
+    begin = 0.0
+    if seen:
+        begin, images = seen
+        noise = sample_path(noise, to_unit(images), torch.full((len(noise),), begin)).x_t
     with autocast(config.machine, device), torch.no_grad():
-        return to_bytes(_drawn(velocity_unet.in_domain(model, facts["domain"]), noise.to(device), cond, facts, config.sample))
+        return to_bytes(_drawn(velocity_unet.in_domain(model, facts["domain"]), noise.to(device), cond, facts, config.sample, begin))
 
 
-def _drawn(model: VelocityModel, noise: Tensor, cond: Tensor, facts: dict[str, Any], settings: Sample) -> Tensor:
-    """A flow, ours or a comparator's, by the solver of ``sample``; another process by its own sampler."""
+def _drawn(model: VelocityModel, noise: Tensor, cond: Tensor, facts: dict[str, Any], settings: Sample, begin: float = 0.0) -> Tensor:
+    """A flow, ours or a comparator's, by the solver of ``sample`` from time ``begin`` on; another process by its own sampler."""
     if facts.get("process", "flow") == "flow":
-        return _solve(model, noise, cond, settings)
+        return _solve(model, noise, cond, settings, begin)
     images: Tensor = load(PROCESSES, facts["process"])().sample(guided(model, settings.guidance_scale), noise, cond, facts["n_steps"])
     return images
 
 
-def _nfe(facts: dict[str, Any], settings: Sample) -> int:
+def _steps(settings: Sample, begin: float) -> int:
+    """Solver steps from time ``begin`` on, about as long as those from noise."""
+    return math.ceil(settings.n_steps * (1 - begin))
+
+
+def _nfe(facts: dict[str, Any], settings: Sample, begin: float = 0.0) -> int:
     """Evaluations of the network for one image; guidance takes two where one would do."""
-    own = facts["n_steps"] if facts.get("process", "flow") != "flow" else settings.n_steps * (1 if settings.solver == "euler" else 2)
+    own = facts["n_steps"] if facts.get("process", "flow") != "flow" else _steps(settings, begin) * (1 if settings.solver == "euler" else 2)
     return int(own) * (1 if settings.guidance_scale == 1 else 2)
 
 
 def run_aligned(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
-    """Paint the synthetic masks with the target's aligned model, from the same noise as stage 1."""
-    return _paint(config, inputs["align"], inputs["image_flow"], inputs["sample_masks"], out_dir, context)
+    """Paint the synthetic masks with the target's aligned model, from the same noise as stage 1.
+
+    Pairs are painted by ``stage 1 + strength (aligned - stage 1)``, each with one of ``sample.strengths``, and those of real masks from one of
+    ``sample.starts`` on.
+    """
+    return _paint(config, inputs["align"], inputs["sample_masks"], out_dir, context, inputs["image_flow"], read_pairs(inputs["data:source"], "train"))
 
 
-def _paint(config: Any, checkpoint_dir: Path, base_dir: Path | None, masks_dir: Path, out_dir: Path, context: Any) -> dict[str, float]:
+def _paint(config: Any, checkpoint_dir: Path, masks_dir: Path, out_dir: Path, context: Any, base_dir: Path | None = None,
+           source: Pairs | None = None) -> dict[str, float]:
     """Image i from noise seeded by (seed, "pair", i); finished chunks survive an interruption.
 
-    With a base pairs are painted by ``base + strength (checkpoint - base)``, each with one of ``sample.strengths``.
+    Strengths need the base, starts the source's training pairs; without them all are painted at strength 1 from noise.
     """
     settings: Sample = config.sample
     device = prepare(config.machine)
@@ -130,33 +153,34 @@ def _paint(config: Any, checkpoint_dir: Path, base_dir: Path | None, masks_dir: 
     weights = {1.0: model.state_dict()} if base_dir is None else _between(base_dir, model, settings.strengths)
     model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     masks = read_array(masks_dir / "masks.npy")
-    named = (1.0,) if base_dir is None else settings.strengths
-    strengths = [named[derive_seed(config.seed, "strength", i) % len(named)] for i in range(len(masks))]
+    table = pd.read_parquet(masks_dir / "manifest.parquet")
+    strengths = _dealt(settings.strengths, config.seed, "strength", len(masks)) if base_dir else np.ones(len(masks))
+    starts = np.where(table["origin"] == "real", _dealt(settings.starts, config.seed, "start", len(masks)), 0.0) if source else np.zeros(len(masks))
     chunks = range(0, len(masks), settings.batch)
     parts = []
     for start in chunks:
         part = context.work_dir / f"chunk{start:08d}.npy"
         if not part.exists():
-            numbers = range(start, min(start + settings.batch, len(masks)))
+            numbers = np.arange(start, min(start + settings.batch, len(masks)))
             painted = np.empty((len(numbers), *masks.shape[1:], 3), np.uint8)
-            for strength, own in weights.items():
-                rows = [i for i in numbers if strengths[i] == strength]
-                if rows:
-                    model.load_state_dict(own)
-                    painted[np.array(rows) - start] = _painted(model, facts, masks[rows], ("pair", rows), config, device)
+            for strength, begin in sorted(set(zip(strengths[numbers].tolist(), starts[numbers].tolist(), strict=True))):
+                model.load_state_dict(weights[strength])
+                rows = numbers[(strengths[numbers] == strength) & (starts[numbers] == begin)]
+                seen = (begin, source.images[table["seed"].to_numpy()[rows]]) if source and begin else None  # a real mask's number is its row
+                painted[rows - start] = _painted(model, facts, masks[rows], ("pair", rows.tolist()), config, device, seen)
             np.save(part.with_suffix(".part.npy"), painted)
             part.with_suffix(".part.npy").rename(part)
         parts.append(read_array(part))
         context.progress(min(start + settings.batch, len(masks)), len(masks), "images")
-    table = pd.read_parquet(masks_dir / "manifest.parquet")
     table.insert(0, "pair_id", [f"pair{i:06d}" for i in range(len(masks))])
     table["seed"] = [derive_seed(config.seed, "pair", i) for i in range(len(masks))]
     if base_dir is not None:
-        table["strength"] = strengths
+        table["strength"], table["start"] = strengths, starts
     table["checkpoint"] = read_json(checkpoint_dir / "config.json")["weights_sha256"]
     images = np.concatenate(parts)
     write_pairs(out_dir, Pairs(images, np.asarray(masks), tuple(table["pair_id"]), table))
-    return {"n_images": len(images), "nfe": _nfe(facts, settings),
+    calls = np.array([_nfe(facts, settings, begin) for begin in starts.tolist()])
+    return {"n_images": len(images), "nfe": float(calls.mean()), "started_fraction": float((starts > 0).mean()),
             "saturated_fraction": float(((images == 0) | (images == 255)).mean())}
 
 
@@ -172,8 +196,9 @@ def _between(base_dir: Path, model: torch.nn.Module, strengths: Sequence[float])
 
 
 @torch.no_grad()
-def _solve(model: VelocityModel, noise: Tensor, cond: Tensor, settings: Sample) -> Tensor:
-    return SOLVERS[settings.solver](guided(model, settings.guidance_scale), noise, cond, time_grid(settings.n_steps))
+def _solve(model: VelocityModel, noise: Tensor, cond: Tensor, settings: Sample, begin: float = 0.0) -> Tensor:
+    times = begin + (1 - begin) * time_grid(_steps(settings, begin))
+    return SOLVERS[settings.solver](guided(model, settings.guidance_scale), noise, cond, times)
 
 
 def _draw_masks(config: Any, checkpoint_dir: Path, real: np.ndarray, wanted: int, context: Any) -> tuple[np.ndarray, list[int], int]:

@@ -105,7 +105,7 @@ STAGES: dict[str, Stage] = {
               ("seed", "machine", "task", "image_flow", "targets.{key}.align"), (), True, "3_stage_two",
               "Stage 2: the painter tuned by a differentiable reward towards the reference set.",
               {"targets.{key}.align.reward": DISTANCES, "targets.{key}.align.encoder": ENCODERS}),
-        Stage("sample_aligned", "synthetic_images", "target", "sample:run_aligned", ("align", "image_flow:painter", "sample_masks"),
+        Stage("sample_aligned", "synthetic_images", "target", "sample:run_aligned", ("align", "image_flow:painter", "sample_masks", "data:source"),
               ("seed", "machine", "task", "sample"), (), True, "4_synthesis",
               "Target-like images painted by stage 2 from the synthetic masks."),
         Stage("sample_paired", "paired_images", "target", "sample:run_paired",

@@ -24,7 +24,7 @@ ABOUT: dict[str, tuple[str, str]] = {
                      "Real training masks, drawn ones or both in turn; implausible ones and near copies of training masks are refused."),
     "sample_stage1": ("Synthesis before alignment.", "Image *i* comes from the same mask and noise as image *i* after alignment."),
     "sample_aligned": ("Synthesis after alignment.", "Image *i* comes from the same mask and noise as image *i* of stage 1; its seed is its own. "
-                       "Each is painted at one of `sample.strengths`, which the manifest names."),
+                       "Each is painted at one of `sample.strengths`, those of real masks from one of `sample.starts` on, which the manifest names."),
     "sample_paired": ("Image metrics, and pictures of one mask by every painter.",
                       "Row *i* of every array is the painter's image of the same held-out mask. Nothing is trained on these."),
     "comparator_base": ("Comparators.", "Trained without masks; T2I-Adapter and ControlNets freeze it and add to it."),

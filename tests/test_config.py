@@ -44,6 +44,7 @@ RANGES: dict[str, tuple[str, Any]] = {
     "sample.solver": ("sample.solver", "rk4"), "sample.mask_source": ("sample.mask_source", "drawn"), "sample.n_pairs": ("sample.n_pairs", 3),
     "sample.n_paired": ("sample.n_paired", 1), "sample.strengths": ("sample.strengths", [1.0, 2.0]),
     "number of sample.strengths": ("sample.strengths", []),
+    "sample.starts": ("sample.starts", [0.0, 0.95]), "number of sample.starts": ("sample.starts", []),
     "number of segment.architectures": ("segment.architectures", []), "segment.architectures": ("segment.architectures", ["vit"]),
     "segment.seeds": ("segment.seeds", 0), "segment.synthetic_share": ("segment.synthetic_share", 2),
 }

@@ -236,12 +236,18 @@ def test_distances_are_of_the_pairs_painted_at_full_strength(project: Path, tmp_
     assert len(pd.read_parquet(out / "copying.parquet")["pair_id"].unique()) == 20
     build(tmp_path / "project", "compare", compare.run, None, {"evaluate:amber": "evaluate/amber"})
     page = (build(tmp_path / "project", "report", report.run, None, REPORT_INPUTS) / "index.html").read_text()
-    assert "painted at strengths 0.5, 1 (0 is stage 1" in page and "the masks painted at 1," in page
+    assert "painted at strengths 0.5, 1 (0 is stage 1" in page and "the masks painted at 1," in page and "noised to time" not in page
+    pd.read_parquet(file).assign(start=[0.0, 0.0, 0.3, 0.5] * 5).to_parquet(file)
+    page = (build(tmp_path / "project", "report", report.run, None, REPORT_INPUTS) / "index.html").read_text()
+    assert "noised to time 0.3, 0.5 of 1" in page and "distances are of those painted from noise" in page
 
 
 def test_full_strength_is_that_of_1_and_of_all_where_there_is_none() -> None:
     table = pd.DataFrame({"strength": [0.5, 1.0, 1.5]})
     assert at_full_strength(table).tolist() == [False, True, False]
+    started = pd.DataFrame({"strength": [1.0, 1.0, 0.5, 1.5], "start": [0.5, 0.0, 0.0, 0.5]})
+    assert at_full_strength(started).tolist() == [False, True, False, False]
+    assert at_full_strength(started[started["start"] > 0]).tolist() == [True, False], "where none is from noise, those of strength 1"
     assert at_full_strength(table[table["strength"] != 1]).all() and at_full_strength(table[["strength"]].rename(columns={"strength": "x"})).all()
 
 

@@ -131,6 +131,38 @@ def test_every_pair_has_one_of_the_strengths(built: dict[str, Path], tmp_path: P
         assert np.abs(mixed - images)[taken == strength].max() <= 1 < np.abs(mixed - images)[taken != strength].max()
 
 
+def test_pairs_of_real_masks_start_from_their_own_images(built: dict[str, Path], tmp_path: Path) -> None:
+    config = SimpleNamespace(**{**vars(CONFIG), "sample": dataclasses.replace(CONFIG.sample, n_steps=10, starts=(0.9,))})
+    numbers = build(sample.run_aligned, config, built, tmp_path / "started")
+    started, plain = read_pairs(tmp_path / "started"), read_pairs(built["sample_aligned"])
+    drawn = pd.read_parquet(built["sample_masks"] / "manifest.parquet")
+    real = (drawn["origin"] == "real").to_numpy()
+    assert started.table["start"].tolist() == np.where(real, 0.9, 0.0).tolist() and set(plain.table["start"]) == {0.0}
+    assert numbers["started_fraction"] == 0.5 and numbers["nfe"] == (1 + 10) / 2
+    own = read_pairs(built["data:source"], "train").select(drawn["seed"].to_numpy()[real])
+    assert (own.labels == started.labels[real]).all()
+    apart = np.abs(started.images[real].astype(int) - own.images).mean((1, 2, 3))
+    others = np.abs(started.images[real].astype(int) - np.roll(own.images, 1, axis=0)).mean((1, 2, 3))
+    assert (apart < 0.5 * others).all()
+    config.sample = dataclasses.replace(config.sample, starts=(0.0,))
+    build(sample.run_aligned, config, built, tmp_path / "plain")
+    assert (started.images[~real] == np.load(tmp_path / "plain/images.npy")[~real]).all(), "pairs of drawn masks are painted as ever"
+    config.sample = dataclasses.replace(config.sample, starts=(0.0, 0.5))
+    build(sample.run_aligned, config, built, tmp_path / "both")
+    assert set(pd.read_parquet(tmp_path / "both/manifest.parquet").loc[real, "start"]) == {0.0, 0.5}
+
+
+def test_from_a_time_on_the_solver_goes_the_rest_of_the_way() -> None:
+    x, calls = torch.zeros(2, 3, 4, 4), []
+
+    def velocity(x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        calls.append(float(t[0]))
+        return torch.ones_like(x_t)
+
+    painted = sample._solve(velocity, x, x[:, :0], dataclasses.replace(CONFIG.sample, n_steps=8), 0.5)
+    assert torch.allclose(painted, torch.full_like(x, 0.5)) and calls == [0.5, 0.625, 0.75, 0.875]
+
+
 def test_alignment_moves_the_samples_towards_the_references(built: dict[str, Path]) -> None:
     stage1, aligned = (np.load(built[name] / "images.npy").mean((0, 1, 2)) for name in ("sample_stage1", "sample_aligned"))
     target = read_pairs(built["references"]).images.mean((0, 1, 2))
