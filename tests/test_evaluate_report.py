@@ -183,12 +183,19 @@ def test_who_loses_at_home_is_said_to_be_harmed(tmp_path: Path):
     base = rng.uniform(0.6, 0.8, 40)
     values = long_table({"source": base, "stage1": base - 0.05 + rng.normal(0, 0.02, 40), "aligned": base - 0.01 + rng.normal(0, 0.02, 40),
                          "oracle": base - 0.03 + rng.normal(0, 0.3, 40)})
+    values["value"] -= (values["segmenter_seed"] - 0.5) * 0.08  # what is left of a training's luck is .01 up or down
     for file in ("metrics", "source_test"):
         values.to_parquet(tmp_path / f"{file}.parquet")
     compare.run(CONFIG, {"evaluate:t": tmp_path}, tmp_path, context(tmp_path, None))
     found = pd.read_parquet(tmp_path / "source_test.parquet").set_index("arm")
     assert found["harmed"].to_dict() == {"source": False, "stage1": True, "aligned": False, "oracle": False}, "neither little nor doubtful loss"
     assert found.loc["stage1", "difference"] == pytest.approx(-0.05, abs=0.01) and set(found["baseline"]) == {"source"}
+    lucky = values.copy()
+    lucky.loc[(lucky["arm"] == "stage1") & (lucky["segmenter_seed"] == 1), "value"] += 0.05
+    lucky.to_parquet(tmp_path / "source_test.parquet")
+    compare.run(CONFIG, {"evaluate:t": tmp_path}, tmp_path, context(tmp_path, None))
+    found = pd.read_parquet(tmp_path / "source_test.parquet").set_index("arm")
+    assert found.loc["stage1", "diff_ci_high"] < 0 and not found["harmed"].any(), "one of its segmenters is as good as one of source's"
     values[values["arm"] != "source"].to_parquet(tmp_path / "source_test.parquet")
     compare.run(CONFIG, {"evaluate:t": tmp_path}, tmp_path, context(tmp_path, None))
     assert pd.read_parquet(tmp_path / "source_test.parquet").empty, "nothing to compare with"
