@@ -43,7 +43,7 @@ MEMBERSHIP_WORDS = {"source_stage1": ("source training images", "stage 1"), "sou
                     "references": ("references", "the aligned model")}
 DISTANCE_METRICS = {"kid": "KID ↓", "cmmd": "CMMD ↓", "fid": "FID ↓", "precision": "precision ↑", "recall": "recall ↑", "density": "density ↑",
                     "coverage": "coverage ↑", "diversity": "diversity ↑", "vendi": "Vendi ↑"}
-OBEY_BAR = 0.95  # at .89 pairs harmed, guided to 1.1 they did not (docs/decisions/0015)
+OBEY_BAR = 0.95  # at .89 pairs cost Dice, guided to 1.1 they did not (docs/decisions/0015)
 
 
 def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, context: Context) -> dict[str, float]:
