@@ -148,6 +148,7 @@ def _target(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], so
         "map": figures.feature_map(pd.read_parquet(folder / "features.parquet")),
         "looks": figures.appearance(looks), "look_rows": _look_rows(looks),
         "gates": figures.gates(pd.read_parquet(inputs[f"align:{target}"] / "gates.parquet")),
+        "gates_hold": config.targets[target].align.gates.hold,
         "align": read_json(inputs[f"align:{target}"] / "metrics.json"), "verdict": verdict["rounds"],
         "copy_gate": verdict.get("copy_gate"), "privacy": verdict.get("privacy"),
     }

@@ -13,7 +13,7 @@ import torch
 
 from alignflow_core import compare, evaluate, report
 from alignflow_core.artifact import tree_hash, write_json
-from alignflow_core.config import Align, Evaluate, Machine, Network, References, Report, SegmenterNetwork, Target, Task
+from alignflow_core.config import Align, Evaluate, Gates, Machine, Network, References, Report, SegmenterNetwork, Target, Task
 from alignflow_core.errors import InputError
 from alignflow_core.full_strength import at_full_strength
 from alignflow_core.metrics import comparison
@@ -403,6 +403,15 @@ def test_report_where_no_aligned_arm_was_asked_for(project: Path, compared: Path
     assert report._headline(table[table["arm"] == "source"], {}, {}) == {}
     monkeypatch.setattr(report, "_headline", lambda *_: {})
     assert "Target amber" in (build(project, "report", report.run, None, REPORT_INPUTS) / "index.html").read_text()
+
+
+def test_report_says_where_gates_were_told_not_to_hold(project: Path, compared: Path, monkeypatch: pytest.MonkeyPatch):
+    page = (build(project, "report", report.run, None, REPORT_INPUTS) / "index.html").read_text()
+    assert "among the looks that kept every limit" in page
+    loose = Target("amber", align=Align(gates=Gates(hold=False)))
+    monkeypatch.setattr(CONFIG, "targets", {"amber": loose})
+    page = (build(project, "report", report.run, None, REPORT_INPUTS) / "index.html").read_text()
+    assert "told not to hold" in page and "kept every limit" not in page
 
 
 def test_report_escapes_names(project: Path, compared: Path):
