@@ -138,7 +138,8 @@ def run_aligned(config: Any, inputs: dict[str, Path], out_dir: Path, context: An
     Pairs are painted by ``stage 1 + strength (aligned - stage 1)``, each with one of ``sample.strengths``, and those of real masks from one of
     ``sample.starts`` on.
     """
-    return _paint(config, inputs["align"], inputs["sample_masks"], out_dir, context, inputs["image_flow"], read_pairs(inputs["data:source"], "train"))
+    source = read_pairs(inputs["data:source"], "train") if any(config.sample.starts) else None
+    return _paint(config, inputs["align"], inputs["sample_masks"], out_dir, context, inputs["image_flow"], source)
 
 
 def _paint(config: Any, checkpoint_dir: Path, masks_dir: Path, out_dir: Path, context: Any, base_dir: Path | None = None,
