@@ -18,7 +18,9 @@ from alignflow_core.config import Align, ImageFlow, Task
 from alignflow_core.devices import autocast, prepare
 from alignflow_core.errors import InputError
 from alignflow_core.flow.ema import Ema
+from alignflow_core.flow.guidance import guided
 from alignflow_core.flow.loss import flow_matching_loss
+from alignflow_core.flow.path import VelocityModel
 from alignflow_core.flow.solver import euler, time_grid
 from alignflow_core.flow.train import train
 from alignflow_core.masks import condition
@@ -245,8 +247,8 @@ class Alignment:
             return -self.objective(steadied(features, past), known)
 
         with autocast(self.config.machine, self.device):
-            done: Rewarded = SCHEMES[settings.gradient](velocity_unet.in_domain(self.painter, velocity_unet.TARGET), x0, self.cond[rows], self.times,
-                                                        reward, settings.k, draw, weight)
+            done: Rewarded = SCHEMES[settings.gradient](self._as_painted(self.painter), x0, self.cond[rows], self.times, reward, settings.k,
+                                                        draw, weight)
         return {"reward": done.reward}, kept
 
     def _balance(self, known: Known) -> float:
@@ -358,7 +360,7 @@ class Alignment:
         """Retrain the labeller on source pairs and pairs of the tuned painter."""
         settings = self.settings
         self.averaged.load_state_dict(weights)
-        painter = velocity_unet.in_domain(self.averaged, velocity_unet.TARGET)
+        painter = self._as_painted(self.averaged)
         draw = generator(self.config.seed, "align", self.context.key, "pairs", number)
         rows = torch.randperm(len(self.images), generator=draw)[:settings.relabel_pairs]
         painted = []
@@ -398,8 +400,12 @@ class Alignment:
     def _sample(self, model: nn.Module) -> tuple[Tensor, float]:
         """The probe's images in the target's domain, and their root mean square velocity."""
         with autocast(self.config.machine, self.device):
-            images, speed = self.probe.sample(velocity_unet.in_domain(model, velocity_unet.TARGET))
+            images, speed = self.probe.sample(self._as_painted(model))
         return images.float(), speed
+
+    def _as_painted(self, model: nn.Module) -> VelocityModel:
+        """The painter in the target's domain under the guidance that pairs are painted with: reward and gates see what segmenters will."""
+        return guided(velocity_unet.in_domain(model, velocity_unet.TARGET), self.config.sample.guidance_scale)
 
     def _probe(self) -> tuple[Probe, Tensor]:
         """A fixed set of masks with several noises each, and the masks."""

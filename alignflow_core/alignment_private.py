@@ -16,7 +16,6 @@ from torch import Tensor
 
 from alignflow_core.alignment import Alignment
 from alignflow_core.devices import autocast
-from alignflow_core.networks import velocity_unet
 from alignflow_core.reward.gradient import sparse_each
 from alignflow_core.reward.moments import Moments
 from alignflow_core.reward.objective import Known, steadied
@@ -66,7 +65,7 @@ class PrivateAlignment(Alignment):
 
         parameters = [p for p in self.painter.parameters() if p.requires_grad]
         with autocast(self.config.machine, self.device):
-            gradients = sparse_each(velocity_unet.in_domain(self.painter, velocity_unet.TARGET), x0, self.cond[rows], self.times, rewards,
+            gradients = sparse_each(self._as_painted(self.painter), x0, self.cond[rows], self.times, rewards,
                                     self.settings.k, draw, parameters)
             self.private.add(parameters, gradients, len(self.each), weight, step)
         return {}, kept

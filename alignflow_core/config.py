@@ -474,6 +474,9 @@ class Data:
 class Sample:
     """Synthesis. ``mask_source``: ``real`` source masks, ``flow`` masks, or ``mixed`` half and half.
 
+    ``guidance_scale`` (arXiv 2207.12598) makes pictures obey their masks more at twice the network calls; 1 is off. Stage 2 rolls out and is
+    judged under the same guidance.
+
     ``n_paired`` held-out masks of the target are painted too, to be compared with their real images. ``strengths`` dial alignment:
     0 paints with stage 1, 1 with the aligned weights, between and beyond with weights on their line; each aligned pair takes one of them.
     ``starts`` are times on the path: an aligned pair of a real mask is painted from one of them on, from that mask's own image noised to this time

@@ -120,7 +120,7 @@ def stage_config(project: Project, stage: Stage, key: str | None) -> SimpleNames
     """The declared sections only, so that a stage cannot read what its fingerprint does not cover.
 
     ``domains.{key}`` appears as ``domain``, ``comparators.{key}`` as ``comparator``, ``targets.{key}.align`` as ``align``,
-    ``targets.{key}.domain`` as ``target_domain``.
+    ``targets.{key}.domain`` as ``target_domain``; of ``sample.guidance_scale`` there is ``sample`` with nothing else.
     """
     found: dict[str, Any] = {}
     for dotted in stage.params:
@@ -132,7 +132,9 @@ def stage_config(project: Project, stage: Stage, key: str | None) -> SimpleNames
         elif parts[0] == "targets" and len(parts) > 1:
             found["target_domain" if parts[2] == "domain" else parts[2]] = getattr(project.targets[str(key)], parts[2])
         else:
-            found[dotted] = getattr(project, dotted)
+            section, _, name = dotted.partition(".")
+            whole = getattr(project, section)
+            found[section] = SimpleNamespace(**{name: getattr(whole, name)}) if name else whole
     return SimpleNamespace(**found)
 
 

@@ -102,7 +102,7 @@ STAGES: dict[str, Stage] = {
               ("seed", "machine", "task", "labeller"), (), True, "3_stage_two",
               "Segmenter of the source under strong colour augmentation that finds the references' regions."),
         Stage("align", "aligned_checkpoint", "target", "align:run", ("image_flow:painter", "labeller", "data:source", "references"),
-              ("seed", "machine", "task", "image_flow", "targets.{key}.align"), (), True, "3_stage_two",
+              ("seed", "machine", "task", "image_flow", "targets.{key}.align", "sample.guidance_scale"), (), True, "3_stage_two",
               "Stage 2: the painter tuned by a differentiable reward towards the reference set.",
               {"targets.{key}.align.reward": DISTANCES, "targets.{key}.align.encoder": ENCODERS}),
         Stage("sample_aligned", "synthetic_images", "target", "sample:run_aligned", ("align", "image_flow:painter", "sample_masks", "data:source"),

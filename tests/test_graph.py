@@ -91,7 +91,8 @@ def test_dagster_has_the_graph_of_the_registry(project: Project, definitions: dg
 
 
 def test_a_stage_depends_on_its_own_target_only(dvc_stages: dict[str, dict[str, set[str]]]) -> None:
-    assert dvc_stages["align@amber-skl"]["params"] == {"seed", "reward", "encoder", "machine", "task", "image_flow", "targets.amber-skl.align"}
+    assert dvc_stages["align@amber-skl"]["params"] == {"seed", "reward", "encoder", "machine", "task", "image_flow", "targets.amber-skl.align",
+                                                         "sample.guidance_scale"}
     assert dvc_stages["align@amber-skl"]["cmd"] == {"python -m alignflow_core stage align --target amber-skl"}
     assert dvc_stages["data@dim"]["cmd"] == {"python -m alignflow_core stage data --domain dim"}
     assert {f"alignflow_core/{name}" for name in source_files("align")} <= dvc_stages["align@amber"]["deps"]

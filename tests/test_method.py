@@ -208,6 +208,25 @@ def test_of_the_looks_before_the_reward_only_the_last_that_kept_the_gates_counts
     assert alignment.Alignment._best(aligning, looks) == best  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_reward_and_gates_see_pictures_under_the_guidance_that_pairs_are_painted_with(
+        built: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    """Of stage 1 these equal what synthesis paints of the same masks and noise."""
+    config = SimpleNamespace(**{**vars(CONFIG), "sample": dataclasses.replace(CONFIG.sample, guidance_scale=scale, n_steps=CONFIG.align.n_steps)})
+    aligning = alignment.Alignment(config, built, context(tmp_path, "clinic"))
+    model, _ = velocity_unet.load(built["image_flow"])
+    model.adopt_target()
+    painter = velocity_unet.in_domain(model, velocity_unet.TARGET)
+    expected = sample._solve(painter, aligning.probe.x0, aligning.probe.cond, config.sample)
+    assert torch.allclose(aligning._sample(aligning.painter)[0], expected, atol=1e-5)
+    rolled: list[torch.Tensor] = []
+    monkeypatch.setattr(aligning, "_features", lambda x1, labels: rolled.append(x1.detach()) or [x1.mean((2, 3))])
+    monkeypatch.setattr(aligning, "objective", lambda features, known: features[0].square().mean())
+    aligning._pull(torch.Generator().manual_seed(1), 1.0, [None], [torch.zeros(0, 3)], 0)
+    rows, x0 = aligning._masks_and_noise(torch.Generator().manual_seed(1))
+    assert torch.allclose(rolled[0], sample._solve(painter, x0, aligning.cond[rows], config.sample), atol=1e-5)
+
+
 def test_patience_begins_with_the_reward(built: dict[str, Path], tmp_path: Path) -> None:
     """Looks at recoloured pairs alone, all refused here, end no round; with the reward one refused look does."""
     settings = dataclasses.replace(CONFIG.align, training=dataclasses.replace(CONFIG.align.training, steps=6), check_every=1, check_samples=4,

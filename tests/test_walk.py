@@ -46,6 +46,16 @@ def test_what_a_change_reaches(built_toy: Path, tmp_path: Path) -> None:
     assert Counter(node for node, _, _ in named) == rebuilt("dim")
 
 
+def test_stage_2_depends_on_the_guidance_of_synthesis_and_on_nothing_else_of_it(built_toy: Path, tmp_path: Path) -> None:
+    for name, value, reached in (("n_pairs", 9, False), ("guidance_scale", 2.0, True)):
+        root = copied(built_toy, tmp_path / name)
+        set_param(root, value, "sample", name)
+        plan = alignflow(root, "plan")
+        assert any(line.startswith("sample_stage1:") for line in plan)
+        assert [line for line in plan if line.startswith("align@dim:")] == \
+            (["align@dim: sample.guidance_scale changed from 1.0 to 2.0"] if reached else [])
+
+
 @pytest.mark.nightly
 def test_one_reference_image_replaced_and_put_back(five: Path, tmp_path: Path) -> None:
     root = copied(five, tmp_path)
