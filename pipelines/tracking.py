@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 FINGERPRINT = "alignflow.fingerprint"
 RECORDED_AT = "alignflow.recorded_at"  # newest = the state of the project; a reverted one is found again, not recorded anew
 PARENT, NOTE = "mlflow.parentRunId", "mlflow.note.content"  # MLflow's own
-TABLES = {"compare": ("comparison", "gap", "per_class"), "align": ("gates",), "evaluate": ("distances",)}  # none names a case
+TABLES = {"compare": ("comparison", "gap", "per_class", "source_test"), "align": ("gates",), "evaluate": ("distances",)}  # none names a case
 PARAM_BATCH, METRIC_BATCH, VALUE_LENGTH = 100, 1000, 6000  # limits of MLflow
 
 

@@ -184,7 +184,7 @@ def test_what_a_run_holds(tracked: Path) -> None:
 
 def test_no_image_goes_in(tracked: Path) -> None:
     files = {file.name: file for file in (tracked / "mlruns").rglob("*") if file.is_file()}
-    assert set(files) == {"comparison.json", "dice.svg", "gates.json", "gates.svg"}
+    assert set(files) == {"comparison.json", "source_test.json", "dice.svg", "gates.json", "gates.svg"}
     assert all("<image" not in file.read_text() for name, file in files.items() if name.endswith(".svg"))
 
 
