@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from alignflow_core.artifact import read_json, write_json
 from alignflow_core.checkpoint import prefixed, section
-from alignflow_core.config import Align, ImageFlow, Task
+from alignflow_core.config import REWARD_COST, Align, ImageFlow, Task
 from alignflow_core.devices import autocast, prepare
 from alignflow_core.errors import InputError
 from alignflow_core.flow.ema import Ema
@@ -140,7 +140,7 @@ class Alignment:
 
         def on_step(done: int, ema: Ema) -> bool:
             """Look at the gates; true when the held-out reward has not risen for ``patience`` looks."""
-            if done % settings.check_every and done != steps:
+            if not self._looks(done, first, steps):
                 return False
             self.averaged.load_state_dict(ema.shadow)
             record(self.averaged, done)
@@ -164,6 +164,15 @@ class Alignment:
         verdict = {"round": number, "ended_at": last, "best_step": int(rows["step"][best]), "ended_because": reason,
                    "refused": sorted({reason for reason in rows["failed"][best + 1:] if reason}) if settings.gates.hold else []}
         return section("best", state), rows, verdict
+
+    def _looks(self, done: int, first: int, steps: int) -> bool:
+        """Whether to look after ``done`` steps of a round: its last, the last before the reward, and evenly in time between.
+
+        Steps before the reward are short, and of their looks only the last counts.
+        """
+        before = first + done < self.settings.rewardless_steps
+        pause = self.settings.check_every * (REWARD_COST if before else 1)
+        return done == steps or first + done == self.settings.rewardless_steps or done % pause == 0
 
     def _best(self, looks: Tensor) -> int:
         """Row of the highest held-out reward among the looks that kept every gate.

@@ -18,11 +18,16 @@ from alignflow_core.validation import at_least, between, build, nearest, one_of,
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}"
 
-# The downstream arms in the order of the tables: which training images a segmenter sees.
-SHARED_ARMS = ("source", "source+colour", "stage1", "stage1+colour")
-TARGET_ARMS = ("reinhard", "fourier", "aligned", "aligned+filtered", "aligned+filtered+colour", "references-labelled", "oracle")
-ARMS = ("source", "source+colour", "reinhard", "fourier", "stage1", "stage1+colour", "aligned", "aligned+filtered", "aligned+filtered+colour",
-        "references-labelled", "oracle")
+# The downstream arms: which training images a segmenter sees. Each group is one stage, which reads what these arms need and nothing else.
+SOURCE_ARMS = ("source", "source+colour")
+STAGE1_ARMS = ("stage1", "stage1+colour")
+BASELINE_ARMS = ("reinhard", "fourier", "references-labelled", "oracle")
+ALIGNED_ARMS = ("aligned",)
+FILTERED_ARMS = ("aligned+filtered", "aligned+filtered+colour")
+SHARED_ARMS = (*SOURCE_ARMS, *STAGE1_ARMS)
+TARGET_ARMS = ("reinhard", "fourier", *ALIGNED_ARMS, *FILTERED_ARMS, "references-labelled", "oracle")
+# In the order of the tables.
+ARMS = (*SOURCE_ARMS, "reinhard", "fourier", *STAGE1_ARMS, *ALIGNED_ARMS, *FILTERED_ARMS, "references-labelled", "oracle")
 
 COLOUR = "+colour"  # suffix of an arm under strong colour augmentation; a comparator's arms are its name without and with it
 REWARD_COST = 5  # steps of the denoising loss alone that one with the reward takes the time of (64 px; twice as many at 48)
@@ -314,7 +319,7 @@ class Align:
         rho: ratio of the reward gradient's norm to the denoising gradient's, fixed at step 0; 0 leaves the reward out.
         prior_count: pseudo-count of the source's own variances when shrinking the reference moments.
         queue: feature vectors of earlier samples kept to steady the sample moments.
-        check_every: steps between looks at the held-out reward and the gates.
+        check_every: steps with the reward between looks at the held-out reward and the gates; before the reward, five times as many.
         patience: looks without a better held-out reward before stopping.
         privacy: differential privacy of the references.
     """

@@ -12,8 +12,10 @@
 | oracle | the target's own labelled training split |
 
 Models are chosen on **source** validation, the oracle on the target's: nobody else may look at target labels.
+Arms that read the same are one stage: a change of stage 2 trains no baseline anew, one of the filter not the arm ``aligned``.
 """
 
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +23,28 @@ import numpy as np
 import pandas as pd
 
 from alignflow_core.colour_transfer import fourier, reinhard
-from alignflow_core.config import COLOUR, SHARED_ARMS, TARGET_ARMS, Segment
+from alignflow_core.config import ALIGNED_ARMS, BASELINE_ARMS, COLOUR, FILTERED_ARMS, SOURCE_ARMS, STAGE1_ARMS, Segment
 from alignflow_core.pairs import Pairs, read_pairs
 from alignflow_core.seeding import derive_seed
 from alignflow_core.segmenter_fit import Diet, fit_arms
 
+Diets = Mapping[str, Callable[[], Diet]]
+
 
 def run_source(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
-    """Train the arms that see no target."""
-    settings: Segment = config.segment
+    """Train the arms of real source pairs alone."""
     source = read_pairs(inputs["data:source"], "train")
-    diets = {"source": lambda: Diet(source), "source+colour": lambda: Diet(source, colour=settings.colour_strength),
-             "stage1": lambda: Diet(source, read_pairs(inputs["sample_stage1"]), settings.synthetic_share),
-             "stage1+colour": lambda: Diet(source, read_pairs(inputs["sample_stage1"]), settings.synthetic_share, settings.colour_strength)}
-    chosen = [arm for arm in SHARED_ARMS if arm in settings.arms]
-    return fit_arms(config, {arm: diets[arm]() for arm in chosen}, {}, read_pairs(inputs["data:source"], "val"), out_dir, context)
+    colour = config.segment.colour_strength
+    return _fit(config, SOURCE_ARMS, {"source": lambda: Diet(source), "source+colour": lambda: Diet(source, colour=colour)}, inputs, out_dir, context)
+
+
+def run_stage1(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
+    """Train the arms of stage 1's pairs."""
+    settings: Segment = config.segment
+    source, painted = read_pairs(inputs["data:source"], "train"), read_pairs(inputs["sample_stage1"])
+    diets = {"stage1": lambda: Diet(source, painted, settings.synthetic_share),
+             "stage1+colour": lambda: Diet(source, painted, settings.synthetic_share, settings.colour_strength)}
+    return _fit(config, STAGE1_ARMS, diets, inputs, out_dir, context)
 
 
 def run_comparator(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
@@ -49,17 +58,11 @@ def run_comparator(config: Any, inputs: dict[str, Path], out_dir: Path, context:
     return fit_arms(config, diets, {}, read_pairs(inputs["data:source"], "val"), out_dir, context)
 
 
-def run_target(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
-    """Train the arms that use the target's references, and the oracle."""
+def run_baselines(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
+    """Train the arms that use the target and no painter: source pairs recoloured, the references' labels, the oracle."""
     settings: Segment = config.segment
-    source = read_pairs(inputs["data:source"], "train")
-    references = read_pairs(inputs["references"])
-    aligned = read_pairs(inputs["sample_aligned"])
-    verdict = pd.read_parquet(inputs["filter"] / "manifest.parquet")
-    kept = verdict["kept"].to_numpy()
-    weights = None if verdict.loc[kept, "weight"].nunique() == 1 else verdict.loc[kept, "weight"].to_numpy()
-    share = settings.synthetic_share if config.synthetic_share is None else config.synthetic_share
-    wanted = settings.arms if config.arms is None else config.arms
+    source, references = read_pairs(inputs["data:source"], "train"), read_pairs(inputs["references"])
+    share = _share(config)
 
     def recoloured(method: str) -> Pairs:
         draw = np.random.Generator(np.random.PCG64(derive_seed(config.seed, "segment", method, context.key)))
@@ -68,12 +71,41 @@ def run_target(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any
         return Pairs(images, source.masks, source.ids, source.table)
 
     diets = {"reinhard": lambda: Diet(source, recoloured("reinhard"), share), "fourier": lambda: Diet(source, recoloured("fourier"), share),
-             "aligned": lambda: Diet(source, aligned, share), "aligned+filtered": lambda: Diet(source, aligned.select(kept), share, weights=weights),
-             "aligned+filtered+colour": lambda: Diet(source, aligned.select(kept), share, settings.colour_strength, weights),
              "references-labelled": lambda: Diet(source, references, share), "oracle": lambda: Diet(read_pairs(inputs["data:target"], "train"))}
     # Without labels of its own a reference set has no labelled arm, without images (moments alone) no recoloured ones; the tables lack these.
     absent = {"references-labelled"} if references.masks is None else set()
     absent |= {"reinhard", "fourier", "references-labelled"} if not len(references) else set()
-    chosen = [arm for arm in TARGET_ARMS if arm in wanted and arm not in absent]
-    return fit_arms(config, {arm: diets[arm]() for arm in chosen}, {"oracle": read_pairs(inputs["data:target"], "val")},
-                    read_pairs(inputs["data:source"], "val"), out_dir, context)
+    return _fit(config, BASELINE_ARMS, diets, inputs, out_dir, context, absent, {"oracle": read_pairs(inputs["data:target"], "val")})
+
+
+def run_aligned(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
+    """Train the arm of all aligned pairs."""
+    source, aligned = read_pairs(inputs["data:source"], "train"), read_pairs(inputs["sample_aligned"])
+    return _fit(config, ALIGNED_ARMS, {"aligned": lambda: Diet(source, aligned, _share(config))}, inputs, out_dir, context)
+
+
+def run_filtered(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
+    """Train the arms of the aligned pairs that the filter kept."""
+    source, share = read_pairs(inputs["data:source"], "train"), _share(config)
+    verdict = pd.read_parquet(inputs["filter"] / "manifest.parquet")
+    kept = verdict["kept"].to_numpy()
+    aligned = read_pairs(inputs["sample_aligned"]).select(kept)
+    weights = None if verdict.loc[kept, "weight"].nunique() == 1 else verdict.loc[kept, "weight"].to_numpy()
+    diets = {"aligned+filtered": lambda: Diet(source, aligned, share, weights=weights),
+             "aligned+filtered+colour": lambda: Diet(source, aligned, share, config.segment.colour_strength, weights)}
+    return _fit(config, FILTERED_ARMS, diets, inputs, out_dir, context)
+
+
+def _share(config: Any) -> float:
+    """Of each batch, the target's own or everyone's."""
+    share: float = config.segment.synthetic_share if config.synthetic_share is None else config.synthetic_share
+    return share
+
+
+def _fit(config: Any, arms: Collection[str], diets: Diets, inputs: dict[str, Path], out_dir: Path, context: Any,
+         absent: Collection[str] = (), own_validation: Mapping[str, Pairs] | None = None) -> dict[str, float]:
+    """Train those of a stage's arms that the run asks for, or its target, and that can be trained."""
+    own = getattr(config, "arms", None)  # of a target
+    wanted = config.segment.arms if own is None else own
+    chosen = [arm for arm in arms if arm in wanted and arm not in absent]
+    return fit_arms(config, {arm: diets[arm]() for arm in chosen}, own_validation or {}, read_pairs(inputs["data:source"], "val"), out_dir, context)

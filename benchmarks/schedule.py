@@ -138,13 +138,12 @@ def together(found: Any, costs: Mapping[str, float]) -> Work:
 
 def share_of_arms(found: Any, stage: str, key: str | None) -> float:
     """The recorded target trained every arm; a variant trains the few of its own, each for as many steps."""
-    from alignflow_core.config import SHARED_ARMS
+    from alignflow_core.config import ALIGNED_ARMS, BASELINE_ARMS, FILTERED_ARMS
 
-    if stage != "segment_target":
+    trained = {"segment_baselines": BASELINE_ARMS, "segment_aligned": ALIGNED_ARMS, "segment_filtered": FILTERED_ARMS}.get(stage)
+    if trained is None or (arms := found.targets[str(key)].arms) is None:
         return 1.0
-    every = [arm for arm in found.segment.arms if arm not in SHARED_ARMS]
-    arms = found.targets[str(key)].arms
-    return 1.0 if arms is None else len(arms) / len(every)
+    return len(set(arms) & set(trained)) / len(set(found.segment.arms) & set(trained))
 
 
 def alone(work: Work) -> Work:

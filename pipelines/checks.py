@@ -240,7 +240,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
     "image_flow": (finite_losses("image_flow"),),
     "sample_masks": (_plain(classes_present, blocking=True), _plain(class_areas)),
     "sample_stage1": (as_many_masks_as_images("sample_stage1"),),
-    "segment_source": (finite_losses("segment_source"),),
+    **{stage: (finite_losses(stage),) for stage in ("segment_source", "segment_stage1", "segment_baselines", "segment_aligned", "segment_filtered")},
     "labeller": (finite_losses("labeller"),),
     "align": (
         finite_losses("align"), _plain(gates, blocking=True),
@@ -250,7 +250,6 @@ CHECKS: dict[str, tuple[Check, ...]] = {
               _ratio("agreement_ratio", "agreement"), blocking=True)),
     "sample_aligned": (as_many_masks_as_images("sample_aligned"),),
     "filter": (_plain(kept_fraction), _plain(mask_agreement)),
-    "segment_target": (finite_losses("segment_target"),),
     "evaluate": (_plain(scores_in_range, blocking=True), _plain(no_copies)),
     "compare": (_plain(painted_pairs_teach),),
 }

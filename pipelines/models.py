@@ -70,11 +70,11 @@ def measured_by(project: Project, stage: str, key: str | None) -> tuple[Model, .
     """Models whose measurement is complete with this artifact."""
     segmenter = project.segment.architectures[0]
     if stage == "compare":
-        instrument: Any = ((("segment_source", None), ("task", "segment")), (("sample_stage1", None), ("sample",)))
+        instrument: Any = ((("segment_stage1", None), ("task", "segment")), (("sample_stage1", None), ("sample",)))
         return (Model("image-flow", ("image_flow", None), "", "stage1", segmenter, tuple(project.targets), instrument),)
     if stage == "evaluate" and key:
-        trained = ("segment_target", key)
-        instrument = ((trained, ("task", "segment", f"targets.{key}.synthetic_share")), (("sample_aligned", key), ("sample",)))
+        trained = ("segment_filtered", key)
+        instrument = ((("segment_aligned", key), ("task", "segment", f"targets.{key}.synthetic_share")), (("sample_aligned", key), ("sample",)))
         return (Model(f"aligned-{key}", ("align", key), "", "aligned", segmenter, (key,), instrument),
                 Model(f"segmenter-{key}", trained, arm_folder(segmenter, "aligned+filtered"), "aligned+filtered", segmenter, (key,),
                       ((trained, ("task",)),)))

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 TABLES = {
     "data": "manifest.parquet", "references": "manifest.parquet", "align": "gates.parquet", "filter": "manifest.parquet",
-    "segment_source": "segmenters.parquet", "segment_target": "segmenters.parquet", "evaluate": "distances.parquet",
-    "compare": "comparison.parquet",
+    **dict.fromkeys(("segment_source", "segment_stage1", "segment_baselines", "segment_aligned", "segment_filtered"), "segmenters.parquet"),
+    "evaluate": "distances.parquet", "compare": "comparison.parquet",
 }
 SHARED_COLUMNS = {"data": ["case_id", "split", "width", "height"], "references": ["case_id", "role", "labelled", "width", "height"]}
 N_ROWS, N_IMAGES, SIDE = 20, 8, 96

@@ -79,9 +79,10 @@ def test_references_need_no_masks(root: Path) -> None:
 @pytest.mark.parametrize(("values", "trained", "passed"), [
     ([1.0, 0.5], 1, True), ([1.0, float("nan")], 1, False), ([float("inf")], 1, False), ([], 1, False), ([], 0, True)])
 def test_finite_losses_of_segmenters(root: Path, values: list[float], trained: int, passed: bool) -> None:
-    write_table(root, "segment_target/amber", "curves", step=pd.Series(range(len(values)), dtype=int), metric="loss", value=np.array(values, float))
-    write_table(root, "segment_target/amber", "segmenters", arm=["oracle"] * trained)
-    assert says(check_named("segment_target", "finite_losses"), root) is passed
+    steps = pd.Series(range(len(values)), dtype=int)
+    write_table(root, "segment_baselines/amber", "curves", step=steps, metric="loss", value=np.array(values, float))
+    write_table(root, "segment_baselines/amber", "segmenters", arm=["oracle"] * trained)
+    assert says(check_named("segment_baselines", "finite_losses"), root) is passed
 
 
 def square(side: int, cup: int) -> np.ndarray:
@@ -201,7 +202,8 @@ def test_what_blocks() -> None:
     assert warning == {("sample_masks", "class_areas"), ("filter", "kept_fraction"), ("filter", "mask_agreement"), ("evaluate", "no_copies"),
                        ("compare", "painted_pairs_teach")}
     assert {stage for stage, name in blocking if name == "finite_losses"} == {
-        "mask_flow", "image_flow", "labeller", "align", "segment_source", "segment_target"}
+        "mask_flow", "image_flow", "labeller", "align", "segment_source", "segment_stage1", "segment_baselines", "segment_aligned",
+        "segment_filtered"}
 
 
 def test_a_refused_input_stops_whatever_reads_it(root: Path) -> None:

@@ -29,8 +29,8 @@ from alignflow_core.stages import source_files
 
 TASK = Task(name="fundus", kind="refuge", classes=("disc", "cup"), nested=True)
 SOURCE, AMBER = (150, 80, 40), (170, 120, 30)
-SHARED = ("source", "stage1")
-OWN = ("aligned", "aligned+filtered", "oracle")
+TRAINED = {"segment_source": ("source",), "segment_stage1": ("stage1",), "segment_baselines/amber": ("oracle",),
+           "segment_aligned/amber": ("aligned",), "segment_filtered/amber": ("aligned+filtered",)}
 CONFIG = SimpleNamespace(seed=0, machine=Machine(device="cpu", threads=1), task=TASK, evaluate=Evaluate(bootstrap=200), report=Report(examples=3),
                          variant_of=None, targets={"amber": Target("amber")})
 
@@ -91,8 +91,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     reasons = ["implausible image" if i % 5 == 1 else "" for i in range(20)]
     filtered = pd.DataFrame({"pair_id": pairs["pair_id"], "kept": [not reason for reason in reasons], "reason": reasons})
     filtered.to_parquet(art / "filter" / "amber" / "manifest.parquet")
-    write_segmenters(art / "segment_source", SHARED)
-    write_segmenters(art / "segment_target" / "amber", OWN)
+    for stage, arms in TRAINED.items():
+        write_segmenters(art / stage, arms)
     (art / "sample_masks").mkdir()
     real = np.load(art / "data" / "amber-clinic" / "images.npy")[[30, 25]]  # rows of the test split, in an order of their own
     (art / "sample_paired" / "amber").mkdir(parents=True)
@@ -134,7 +134,8 @@ def build(root: Path, stage: str, function: Callable[..., dict[str, float]], key
 
 EVALUATE_INPUTS = {
     "data:source": "data/standard", "data:target": "data/amber-clinic", "references": "references/amber", "sample_stage1": "sample_stage1",
-    "sample_aligned": "sample_aligned/amber", "filter": "filter/amber", "segment_source": "segment_source", "segment_target": "segment_target/amber",
+    "sample_aligned": "sample_aligned/amber", "filter": "filter/amber",
+    **{folder.partition("/")[0]: folder for folder in TRAINED},
     "sample_paired": "sample_paired/amber",
     "image_flow": "image_flow", "align": "align/amber",
 }
@@ -170,7 +171,7 @@ def test_segmenters_are_tried_on_the_source_s_own_test_images(project: Path, eva
     assert len(table) == 16 * 5 * 2 * 2 and set(table["metric"]) == {"dice"} and table["value"].between(0, 1).all()
     source = read_pairs(project / "artifacts/data/standard", "test")
     assert set(table["case_id"]) == set(source.ids)
-    model = load_segmenter(project / "artifacts/segment_source/stage1/seed1", torch.device("cpu"))
+    model = load_segmenter(project / "artifacts/segment_stage1/stage1/seed1", torch.device("cpu"))
     own = table.query("segmenter == 'unet' and arm == 'stage1' and segmenter_seed == 1").set_index("case_id")["value"]
     dice = overlap(predict(model, source.images, TASK, torch.device("cpu")), source.labels, TASK)["dice"].mean(1)
     assert own[list(source.ids)].tolist() == pytest.approx(dice.tolist())
@@ -339,7 +340,7 @@ def test_report_has_every_segmenter_and_their_mean(project: Path, compared: Path
     (block,) = report._by_segmenter(table, ["amber"])
     assert list(block["groups"]) == [*SEGMENTERS, "mean"]
     by_arm = {name: dict(rows) for name, rows in block["groups"].items()}
-    for arm in (*SHARED, *OWN):
+    for arm in [arm for arms in TRAINED.values() for arm in arms]:
         dice = [by_arm[name][arm][0] for name in SEGMENTERS]
         assert by_arm["mean"][arm][0] == pytest.approx(sum(dice) / 2) and dice[0] != dice[1]
     assert report._by_segmenter(table[table["segmenter"] == "unet"], ["amber"]) == []

@@ -32,7 +32,7 @@ def give_networks(root: Path, content: str) -> None:
     for target in ("amber", "dim"):
         give_network(root / artifact_dir("align", target), content + target)
         for seed in (0, 1):
-            give_network(root / artifact_dir("segment_target", target) / "aligned+filtered" / f"seed{seed}", f"{content}{target}{seed}")
+            give_network(root / artifact_dir("segment_filtered", target) / "aligned+filtered" / f"seed{seed}", f"{content}{target}{seed}")
 
 
 def give_images(root: Path, domain: str, seed: int) -> None:
@@ -141,7 +141,7 @@ def test_not_compared_on_other_images_or_with_another_instrument(root: Path) -> 
     register(root)
     give_networks(root, "second")
     give_values(root, "amber", np.full(N, 0.1))
-    file = provenance_file(root, "segment_target", "amber")  # another way of training segmenters: the painter's measure is another
+    file = provenance_file(root, "segment_aligned", "amber")  # another way of training segmenters: the painter's measure is another
     provenance = read_json(file)
     provenance["params"]["segment"]["training"]["steps"] += 1
     write_json(file, provenance)

@@ -196,7 +196,7 @@ def test_targets_side_by_side(tracked: Path, tmp_path: Path) -> None:
     changed = copied(tracked, tmp_path)
     set_param(changed, "skl", "targets", "dim", "align", "reward")
     store = "import sys; from pathlib import Path; from alignflow_core.runner import run_stage; from pipelines.tracking import record\n"
-    stages = ("align", "sample_aligned", "filter", "segment_target", "evaluate")
+    stages = ("align", "sample_aligned", "filter", "segment_aligned", "segment_filtered", "evaluate")
     run(changed, "-c", store + f"for s in {stages}: run_stage(Path('.'), s, 'dim', quiet=True); record(Path('.'), s, 'dim')")
     last = run(changed, "-c", COMPARE).splitlines()[-1]
     assert last.split() == ["dim", "skl", "2", "sparse", "0.500", "0.750"], "an evaluation newer than the comparison has no interval yet"

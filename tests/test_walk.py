@@ -18,7 +18,7 @@ from alignflow_core.config import load_project
 from alignflow_core.stages import artifact_dir, node_id
 
 TARGETS = ("amber", "dim", "violet", "north", "south")
-DOWNSTREAM_OF_ALIGN = ("align", "sample_aligned", "sample_paired", "filter", "segment_target", "evaluate")
+DOWNSTREAM_OF_ALIGN = ("align", "sample_aligned", "sample_paired", "filter", "segment_aligned", "segment_filtered", "evaluate")
 
 
 def alignflow(root: Path, *arguments: str) -> list[str]:

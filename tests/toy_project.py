@@ -172,7 +172,8 @@ def set_param(root: Path, value: object, *keys: str) -> None:
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
 
 
-DOWNSTREAM_OF_REFERENCES = ("references", "align", "sample_aligned", "sample_paired", "filter", "segment_target", "evaluate")
+DOWNSTREAM_OF_REFERENCES = ("references", "align", "sample_aligned", "sample_paired", "filter", "segment_baselines", "segment_aligned",
+                            "segment_filtered", "evaluate")
 FAN_IN = ("compare", "report")
 
 
