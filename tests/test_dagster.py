@@ -47,7 +47,7 @@ def synced(built_toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project after ``dvc repro`` and ``alignflow sync``."""
     root = copied(built_toy, tmp_path_factory.mktemp("synced"))
     reported = run(root, "-c", SYNC).split()
-    assert len(reported) == 25
+    assert len(reported) == 30
     return root
 
 

@@ -365,7 +365,7 @@ def aligned(root: Path, out: Path, references: Path, **settings: object) -> Path
     """Stage 2 for amber with the references of a folder; the rest as the project has it."""
     project = load_project(root / "params.yaml")
     target = project.targets["amber"]
-    config = SimpleNamespace(seed=project.seed, machine=project.machine, task=project.task, image_flow=project.image_flow,
+    config = SimpleNamespace(seed=project.seed, machine=project.machine, task=project.task, image_flow=project.image_flow, sample=project.sample,
                              align=dataclasses.replace(target.align, **settings))
     inputs = {name: root / artifact_dir(*node) for name, node in project.graph.inputs(STAGES["align"], "amber").items()} | {"references": references}
     (out / "work").mkdir(parents=True)

@@ -30,7 +30,7 @@ def alignflow(root: Path, *arguments: str) -> list[str]:
 def five(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five targets built by ``dvc repro`` and known to Dagster and MLflow."""
     root = built_by_dvc(write_project(tmp_path_factory.mktemp("five") / "project", TARGETS))
-    assert len(alignflow(root, "sync")) == 6 + 8 + 2 + 7 * len(TARGETS) - 2
+    assert len(alignflow(root, "sync")) == 6 + 9 + 2 + 9 * len(TARGETS) - 2
     return root
 
 
