@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from alignflow_core import audit
-from alignflow_core.config import ARMS, Task
+from alignflow_core.config import Task, in_order
 from alignflow_core.devices import prepare
 from alignflow_core.full_strength import at_full_strength
 from alignflow_core.membership import membership
@@ -129,7 +129,8 @@ def _arm_tables(config: SimpleNamespace, inputs: Mapping[str, Path], data: Measu
     """One row per test image, class, metric, segmenter, arm and segmenter seed; and per test image of the source, its mean Dice."""
     folders = [folder for name, folder in inputs.items() if name.startswith("segment_")]
     rows = [row | {"root": folder} for folder in folders for row in pd.read_parquet(folder / "segmenters.parquet").to_dict("records")]
-    rows.sort(key=lambda row: ARMS.index(row["arm"]) if row["arm"] in ARMS else len(ARMS))
+    order = in_order(row["arm"] for row in rows)
+    rows.sort(key=lambda row: order.index(row["arm"]))
     frames, at_home = [], []
     for done, row in enumerate(rows, start=1):
         model = load_segmenter(row["root"] / row["folder"], device)
