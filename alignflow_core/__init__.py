@@ -10,6 +10,7 @@
  6. keep plausible, novel, mask-true pairs                          ``filtering.py``   our choice
  7. train segmenters on real and synthetic pairs                    ``segment.py``     downstream use
  8. score every arm on held-out target images                       ``evaluate.py``    tables of Dice, IoU and image distances
+    (whether images give patients away: ``privacy.py``)                                our choice
  9. compare the arms with paired statistics                         ``compare.py``     our choice
     (other painters to compare with: ``comparator.py``, parts in ``painters/``)        its comparators
 10. put tables, image grids and feature maps on one page            ``report.py``      figures

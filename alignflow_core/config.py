@@ -18,16 +18,19 @@ from alignflow_core.validation import at_least, between, build, nearest, one_of,
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}"
 
-# The downstream arms: which training images a segmenter sees. Each group is one stage, which reads what these arms need and nothing else.
-SOURCE_ARMS = ("source", "source+colour")
-STAGE1_ARMS = ("stage1", "stage1+colour")
-BASELINE_ARMS = ("reinhard", "fourier", "references-labelled", "oracle")
-ALIGNED_ARMS = ("aligned",)
-FILTERED_ARMS = ("aligned+filtered", "aligned+filtered+colour")
-SHARED_ARMS = (*SOURCE_ARMS, *STAGE1_ARMS)
-TARGET_ARMS = ("reinhard", "fourier", *ALIGNED_ARMS, *FILTERED_ARMS, "references-labelled", "oracle")
+# The downstream arms, which say what images a segmenter is trained on, by the stage that trains them: it reads what these need and nothing else.
+STAGE_ARMS = {
+    "segment_source": ("source", "source+colour"),
+    "segment_stage1": ("stage1", "stage1+colour"),
+    "segment_baselines": ("reinhard", "fourier", "references-labelled", "oracle"),
+    "segment_aligned": ("aligned",),
+    "segment_filtered": ("aligned+filtered", "aligned+filtered+colour"),
+}
 # In the order of the tables.
-ARMS = (*SOURCE_ARMS, "reinhard", "fourier", *STAGE1_ARMS, *ALIGNED_ARMS, *FILTERED_ARMS, "references-labelled", "oracle")
+ARMS = ("source", "source+colour", "reinhard", "fourier", "stage1", "stage1+colour", "aligned", "aligned+filtered", "aligned+filtered+colour",
+        "references-labelled", "oracle")
+SHARED_ARMS = STAGE_ARMS["segment_source"] + STAGE_ARMS["segment_stage1"]
+TARGET_ARMS = tuple(arm for arm in ARMS if arm not in SHARED_ARMS)
 
 COLOUR = "+colour"  # suffix of an arm under strong colour augmentation; a comparator's arms are its name without and with it
 REWARD_COST = 5  # steps of the denoising loss alone that one with the reward takes the time of (64 px; twice as many at 48)

@@ -1,10 +1,10 @@
-"""Every arm on the target's held-out test images and on the source's; distances between image sets; copy check; does stage 1 obey its masks.
+"""Every arm on the target's held-out test images and on the source's; distances between image sets; does stage 1 obey its masks.
 
 Writes ``metrics.parquet`` (one value per image, class, segmenter, arm and seed), ``source_test.parquet`` (the same of the source's test images, Dice
 alone, classes averaged), ``distances.parquet`` (each with its
-number of images, 95 % interval and real-against-real floor), ``copying.parquet``, ``membership.parquet``, ``features.parquet`` (for the map
-of the sets), ``appearance.parquet`` (colour, contrast, sharpness and noise of every image, by set) and ``paired.parquet`` (each painter's
-image of a held-out mask against the real image of that mask).
+number of images, 95 % interval and real-against-real floor), ``features.parquet`` (for the map of the sets), ``appearance.parquet`` (colour,
+contrast, sharpness and noise of every image, by set) and ``paired.parquet`` (each painter's image of a held-out mask against the real image of
+that mask). What images give away of patients is asked by ``privacy.py``.
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from alignflow_core import audit
 from alignflow_core.config import Task, in_order
 from alignflow_core.devices import prepare
 from alignflow_core.full_strength import at_full_strength
-from alignflow_core.membership import membership
-from alignflow_core.membership import numbers as membership_numbers
 from alignflow_core.metrics.appearance import appearance
 from alignflow_core.metrics.distribution import LEAST, SHARE_OF, real_floor, set_distances
 from alignflow_core.metrics.features import FeatureSpace
@@ -77,7 +74,7 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
 
     Returns:
         Means over images, classes and seeds (``dice_<arm>``, ``iou_<arm>`` …, on the source's test images ``source_dice_<arm>``, of the first
-        segmenter architecture, ``<architecture>/dice_<arm>`` of others), ``kid_<set>``, the copy rates and
+        segmenter architecture, ``<architecture>/dice_<arm>`` of others), ``kid_<set>`` and
         ``obey_ratio``: Dice of the ``source`` segmenter on stage-1 images against their masks over its Dice on real source test images.
     """
     device = prepare(config.machine)
@@ -99,10 +96,6 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     likeness.to_parquet(out_dir / "paired.parquet", index=False)
     looks = _looks(data, config.task)
     looks.to_parquet(out_dir / "appearance.parquet", index=False)
-    copies, copy_numbers = _copies(data, config.evaluate.copy_quantile)
-    copies.to_parquet(out_dir / "copying.parquet", index=False)
-    seen, attacks = membership(inputs, data.source, data.references, data.test, config.task, config.seed, device)
-    seen.to_parquet(out_dir / "membership.parquet", index=False)
     means = table.groupby(["segmenter", "metric", "arm"])["value"].mean().reset_index()
     first = table["segmenter"].iloc[0]
     numbers = {f"{prefix(row['segmenter'], first)}{row['metric']}_{metric_name(row['arm'])}": float(row["value"]) for row in means.to_dict("records")}
@@ -110,7 +103,7 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     numbers |= {f"{prefix(row['segmenter'], first)}source_dice_{metric_name(row['arm'])}": float(row["value"]) for row in at_home.to_dict("records")}
     kid = distances[distances["metric"] == "kid"]
     numbers |= {f"kid_{metric_name(name)}": float(value) for name, value in zip(kid["set"], kid["value"], strict=True)}
-    numbers |= copy_numbers | membership_numbers(attacks) | _obedience(config.task, inputs["segment_source"], data, device)
+    numbers |= _obedience(config.task, inputs["segment_source"], data, device)
     return {name: value for name, value in numbers.items() if np.isfinite(value)}
 
 
@@ -245,23 +238,3 @@ def _looks(data: Measured, task: Task) -> pd.DataFrame:
         chosen = _evenly(len(pairs), MAP_SIZE)
         frames.append(appearance(pairs.images[chosen], None if pairs.masks is None else pairs.masks[chosen], task).assign(set=name))
     return pd.concat(frames, ignore_index=True)
-
-
-def _copies(data: Measured, quantile: float) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Copy audit of all aligned images, those that were not kept too; not against references that are moments alone."""
-    known = audit.banks(data.source, data.references, data.test)
-    checks = audit.check(data.aligned.images, known, quantile)
-    table = audit.table(data.aligned.ids, checks, known)
-    table.insert(1, "kept", np.tile(data.kept, len(checks)))
-    numbers: dict[str, float] = {}
-    for name, found in checks.items():
-        numbers |= {f"copy_flagged_{name}": float(found.flagged.mean()), f"copy_flagged_kept_{name}": _share(found.flagged[data.kept]),
-                    f"copy_calibration_{name}": float(found.n_calibration), f"copy_false_flag_rate_{name}": found.false_flag_rate,
-                    f"copy_chance_limit_{name}": found.chance(int(data.kept.sum()))}
-    either = np.any([found.flagged for found in checks.values()], axis=0)
-    return table, numbers | {"copy_flagged_fraction": _share(either[data.kept])}
-
-
-def _share(flags: np.ndarray) -> float:
-    """Share of true values; 0 of none."""
-    return float(flags.mean()) if len(flags) else 0.0

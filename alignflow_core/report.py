@@ -130,7 +130,8 @@ def _target(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], so
     table = comparison[comparison["target"] == target]
     own_gap = gap[(gap["target"] == target) & (gap["metric"] == "dice")]
     shares = dict(zip(own_gap["arm"], own_gap["gap_closed"], strict=True))
-    copies = _copy_summary(pd.read_parquet(folder / "copying.parquet"), read_json(folder / "metrics.json"))
+    audited = read_json(inputs[f"privacy:{target}"] / "metrics.json")
+    copies = _copy_summary(pd.read_parquet(inputs[f"privacy:{target}"] / "copying.parquet"), audited)
     facts = {
         "name": target, "n_test": values["case_id"].nunique(), "n_groups": values["group"].nunique(), "n_seeds": values["segmenter_seed"].nunique(),
         **_reference_counts(inputs[f"references:{target}"], references),
@@ -139,7 +140,7 @@ def _target(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], so
     }
     return facts | {
         "headline": _headline(table, shares, facts), "copies": copies, "rows": _rows(table, shares),
-        "membership": _membership(read_json(folder / "metrics.json")),
+        "membership": _membership(audited),
         "obey": {k: v for k, v in read_json(folder / "metrics.json").items() if k.startswith("obey_")},
         "distances": _distance_rows(pd.read_parquet(folder / "distances.parquet")),
         "strengths": _painted_at(inputs[f"sample_aligned:{target}"], "strength", 1.0),
@@ -183,7 +184,7 @@ def _ablations(targets: list[str], variants: list[str], config: SimpleNamespace,
             closed = (row["mean"] - bounds["source"]) / span if span > 0 else np.nan
             rows.append({"name": name, "changed": _changed(config.targets[base], config.targets[name]), "arm": arm, **row,
                          "gap": closed, "kid": numbers.get("kid_aligned", np.nan),
-                         "copies": numbers.get("copy_flagged_kept_references", np.nan),
+                         "copies": read_json(inputs[f"privacy:{name}"] / "metrics.json").get("copy_flagged_kept_references", np.nan),
                          **{ratio: gates.get(ratio, np.nan) for ratio in ("diversity_ratio", "agreement_ratio", "gate_failures")}})
         found.append({"base": base, "rows": rows, "figure": figures.ablation(rows)})
     return found

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from alignflow_core.colour_transfer import fourier, reinhard
-from alignflow_core.config import ALIGNED_ARMS, BASELINE_ARMS, COLOUR, FILTERED_ARMS, SOURCE_ARMS, STAGE1_ARMS, Segment
+from alignflow_core.config import COLOUR, Segment
 from alignflow_core.pairs import Pairs, read_pairs
 from alignflow_core.seeding import derive_seed
 from alignflow_core.segmenter_fit import Diet, fit_arms
@@ -35,7 +35,7 @@ def run_source(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any
     """Train the arms of real source pairs alone."""
     source = read_pairs(inputs["data:source"], "train")
     colour = config.segment.colour_strength
-    return _fit(config, SOURCE_ARMS, {"source": lambda: Diet(source), "source+colour": lambda: Diet(source, colour=colour)}, inputs, out_dir, context)
+    return _fit(config, {"source": lambda: Diet(source), "source+colour": lambda: Diet(source, colour=colour)}, inputs, out_dir, context)
 
 
 def run_stage1(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
@@ -44,7 +44,7 @@ def run_stage1(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any
     source, painted = read_pairs(inputs["data:source"], "train"), read_pairs(inputs["sample_stage1"])
     diets = {"stage1": lambda: Diet(source, painted, settings.synthetic_share),
              "stage1+colour": lambda: Diet(source, painted, settings.synthetic_share, settings.colour_strength)}
-    return _fit(config, STAGE1_ARMS, diets, inputs, out_dir, context)
+    return _fit(config, diets, inputs, out_dir, context)
 
 
 def run_comparator(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
@@ -75,13 +75,13 @@ def run_baselines(config: Any, inputs: dict[str, Path], out_dir: Path, context: 
     # Without labels of its own a reference set has no labelled arm, without images (moments alone) no recoloured ones; the tables lack these.
     absent = {"references-labelled"} if references.masks is None else set()
     absent |= {"reinhard", "fourier", "references-labelled"} if not len(references) else set()
-    return _fit(config, BASELINE_ARMS, diets, inputs, out_dir, context, absent, {"oracle": read_pairs(inputs["data:target"], "val")})
+    return _fit(config, diets, inputs, out_dir, context, absent, {"oracle": read_pairs(inputs["data:target"], "val")})
 
 
 def run_aligned(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
     """Train the arm of all aligned pairs."""
     source, aligned = read_pairs(inputs["data:source"], "train"), read_pairs(inputs["sample_aligned"])
-    return _fit(config, ALIGNED_ARMS, {"aligned": lambda: Diet(source, aligned, _share(config))}, inputs, out_dir, context)
+    return _fit(config, {"aligned": lambda: Diet(source, aligned, _share(config))}, inputs, out_dir, context)
 
 
 def run_filtered(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
@@ -93,7 +93,7 @@ def run_filtered(config: Any, inputs: dict[str, Path], out_dir: Path, context: A
     weights = None if verdict.loc[kept, "weight"].nunique() == 1 else verdict.loc[kept, "weight"].to_numpy()
     diets = {"aligned+filtered": lambda: Diet(source, aligned, share, weights=weights),
              "aligned+filtered+colour": lambda: Diet(source, aligned, share, config.segment.colour_strength, weights)}
-    return _fit(config, FILTERED_ARMS, diets, inputs, out_dir, context)
+    return _fit(config, diets, inputs, out_dir, context)
 
 
 def _share(config: Any) -> float:
@@ -102,10 +102,10 @@ def _share(config: Any) -> float:
     return share
 
 
-def _fit(config: Any, arms: Collection[str], diets: Diets, inputs: dict[str, Path], out_dir: Path, context: Any,
+def _fit(config: Any, diets: Diets, inputs: dict[str, Path], out_dir: Path, context: Any,
          absent: Collection[str] = (), own_validation: Mapping[str, Pairs] | None = None) -> dict[str, float]:
     """Train those of a stage's arms that the run asks for, or its target, and that can be trained."""
     own = getattr(config, "arms", None)  # of a target
     wanted = config.segment.arms if own is None else own
-    chosen = [arm for arm in arms if arm in wanted and arm not in absent]
+    chosen = [arm for arm in diets if arm in wanted and arm not in absent]
     return fit_arms(config, {arm: diets[arm]() for arm in chosen}, own_validation or {}, read_pairs(inputs["data:source"], "val"), out_dir, context)

@@ -13,7 +13,7 @@ from benchmarks.row import Row, Skipped, compare
 NUMBERS = (11,)
 REPEATS = 5
 LIMIT = 0.3  # s
-WITH_MONAI = ("mask_flow", "image_flow", "sample", "segment", "comparator", "labeller", "align", "filtering", "evaluate")
+WITH_MONAI = ("mask_flow", "image_flow", "sample", "segment", "comparator", "labeller", "align", "filtering", "privacy", "evaluate")
 
 
 def rows() -> Iterator[Row | Skipped]:

@@ -138,10 +138,10 @@ def together(found: Any, costs: Mapping[str, float]) -> Work:
 
 def share_of_arms(found: Any, stage: str, key: str | None) -> float:
     """The recorded target trained every arm; a variant trains the few of its own, each for as many steps."""
-    from alignflow_core.config import ALIGNED_ARMS, BASELINE_ARMS, FILTERED_ARMS
+    from alignflow_core.config import STAGE_ARMS
 
-    trained = {"segment_baselines": BASELINE_ARMS, "segment_aligned": ALIGNED_ARMS, "segment_filtered": FILTERED_ARMS}.get(stage)
-    if trained is None or (arms := found.targets[str(key)].arms) is None:
+    trained, arms = STAGE_ARMS.get(stage), getattr(found.targets.get(str(key)), "arms", None)
+    if trained is None or arms is None:
         return 1.0
     return len(set(arms) & set(trained)) / len(set(found.segment.arms) & set(trained))
 
@@ -160,8 +160,9 @@ def alone(work: Work) -> Work:
             visit(target, each)
 
     for node in work.seconds:
-        if str(node).startswith("evaluate@"):
-            visit(str(node), node)
+        stage, _, target = str(node).partition("@")
+        if stage in ("evaluate", "privacy"):
+            visit(target, node)
     return Work(seconds, needs, free)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from alignflow_core.artifact import read_json
-from alignflow_core.config import Project, Task, load_project
+from alignflow_core.config import STAGE_ARMS, Project, Task, load_project
 from alignflow_core.runner import provenance_file
 from alignflow_core.stages import STAGES, Stage, artifact_dir, node_id
 
@@ -170,12 +170,12 @@ def mask_agreement(root: Path, key: str | None) -> dg.AssetCheckResult:
 def no_copies(root: Path, key: str | None) -> dg.AssetCheckResult:
     """Not more kept pairs look copied than as many unseen real images would by chance.
 
-    It warns: what is downstream of it are the tables and the report, which show the copies. Near copies of references are kept
+    It warns: what is downstream of it is the report, which shows the copies. Near copies of references are kept
     out of training and export where they are found, in filtering.
     """
     import pandas as pd
 
-    folder = root / artifact_dir("evaluate", key)
+    folder = root / artifact_dir("privacy", key)
     numbers, table = read_json(folder / "metrics.json"), pd.read_parquet(folder / "copying.parquet")
     flagged = table[table["kept"]].groupby("bank")["flagged"].sum()
     limits = {str(bank): numbers.get(f"copy_chance_limit_{bank}", math.nan) for bank in flagged.index}  # absent where too few real images calibrate
@@ -240,7 +240,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
     "image_flow": (finite_losses("image_flow"),),
     "sample_masks": (_plain(classes_present, blocking=True), _plain(class_areas)),
     "sample_stage1": (as_many_masks_as_images("sample_stage1"),),
-    **{stage: (finite_losses(stage),) for stage in ("segment_source", "segment_stage1", "segment_baselines", "segment_aligned", "segment_filtered")},
+    **{stage: (finite_losses(stage),) for stage in STAGE_ARMS},
     "labeller": (finite_losses("labeller"),),
     "align": (
         finite_losses("align"), _plain(gates, blocking=True),
@@ -250,7 +250,8 @@ CHECKS: dict[str, tuple[Check, ...]] = {
               _ratio("agreement_ratio", "agreement"), blocking=True)),
     "sample_aligned": (as_many_masks_as_images("sample_aligned"),),
     "filter": (_plain(kept_fraction), _plain(mask_agreement)),
-    "evaluate": (_plain(scores_in_range, blocking=True), _plain(no_copies)),
+    "privacy": (_plain(no_copies),),
+    "evaluate": (_plain(scores_in_range, blocking=True),),
     "compare": (_plain(painted_pairs_teach),),
 }
 

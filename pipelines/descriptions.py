@@ -33,6 +33,8 @@ ABOUT: dict[str, tuple[str, str]] = {
     "segment_comparator": ("Comparators.", "Trained as the arm `stage1` is, on the comparator's pairs."),
     "filter": ("Not in the paper, which keeps all pairs.",
                "Every pair with its scores, and if it is refused the first reason. What is exported are the pairs kept here."),
+    "privacy": ("Not in the paper.", "Every aligned image's nearest real image, with a threshold read off real images; the loss of images that were "
+                                     "and were not learned from. Images are named by their case ids."),
     "segment_source": ("Downstream use: segmenters without a target.", "One network per arm and seed, all with the same number of optimiser steps."),
     "segment_stage1": ("Downstream use: segmenters with source-like pairs.", "One network per arm and seed, chosen on *source* validation."),
     "segment_baselines": ("Downstream use: what alignment has to beat.",
@@ -40,14 +42,14 @@ ABOUT: dict[str, tuple[str, str]] = {
     "segment_aligned": ("Downstream use: segmenters with aligned pairs.", "One network per seed, chosen on *source* validation."),
     "segment_filtered": ("Downstream use: segmenters with the pairs that were kept.", "One network per arm and seed, chosen on *source* validation."),
     "evaluate": ("Tables of Dice and IoU, distances between image sets.",
-                 "Every value per image, class, arm and seed; distances beside that between two halves of the real target; copies of real images."),
+                 "Every value per image, class, arm and seed; distances beside that between two halves of the real target."),
     "compare": ("Not in the paper.", "Bootstrap intervals over patients, paired differences, signed-rank tests adjusted over all arms and targets."),
     "report": ("Figures.", "`index.html` needs nothing besides itself. It shows references, so it stays on this machine."),
 }
 NETWORKS, ARRAYS, TABLES, PAGE = {"pytorch", "dvc", "mlflow"}, {"numpy", "parquet", "dvc"}, {"pandas", "parquet", "mlflow"}, {"html", "dvc"}
 KINDS = {"data": ARRAYS, "references": ARRAYS, "sample_masks": ARRAYS, "sample_stage1": ARRAYS, "sample_aligned": ARRAYS,
          "sample_comparator": ARRAYS, "sample_paired": ARRAYS, "filter": TABLES,
-         "evaluate": TABLES, "compare": TABLES, "report": PAGE}  # Dagster shows at most three; the other stages train networks
+         "privacy": TABLES, "evaluate": TABLES, "compare": TABLES, "report": PAGE}  # Dagster shows at most three; the other stages train networks
 
 
 def description(stage: Stage) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from alignflow_core.artifact import read_json
+from alignflow_core.config import STAGE_ARMS
 from alignflow_core.runner import provenance_file
 from alignflow_core.stages import artifact_dir
 from pipelines.versions import Versions
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 TABLES = {
     "data": "manifest.parquet", "references": "manifest.parquet", "align": "gates.parquet", "filter": "manifest.parquet",
-    **dict.fromkeys(("segment_source", "segment_stage1", "segment_baselines", "segment_aligned", "segment_filtered"), "segmenters.parquet"),
+    **dict.fromkeys(STAGE_ARMS, "segmenters.parquet"),
     "evaluate": "distances.parquet", "compare": "comparison.parquet",
 }
 SHARED_COLUMNS = {"data": ["case_id", "split", "width", "height"], "references": ["case_id", "role", "labelled", "width", "height"]}

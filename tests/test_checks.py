@@ -199,7 +199,7 @@ def test_a_missing_file_fails_a_check_and_not_the_run(root: Path) -> None:
 def test_what_blocks() -> None:
     blocking = {(stage, check.name) for stage, each in CHECKS.items() for check in each if check.blocking}
     warning = {(stage, check.name) for stage, each in CHECKS.items() for check in each} - blocking
-    assert warning == {("sample_masks", "class_areas"), ("filter", "kept_fraction"), ("filter", "mask_agreement"), ("evaluate", "no_copies"),
+    assert warning == {("sample_masks", "class_areas"), ("filter", "kept_fraction"), ("filter", "mask_agreement"), ("privacy", "no_copies"),
                        ("compare", "painted_pairs_teach")}
     assert {stage for stage, name in blocking if name == "finite_losses"} == {
         "mask_flow", "image_flow", "labeller", "align", "segment_source", "segment_stage1", "segment_baselines", "segment_aligned",

@@ -47,7 +47,7 @@ def synced(built_toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project after ``dvc repro`` and ``alignflow sync``."""
     root = copied(built_toy, tmp_path_factory.mktemp("synced"))
     reported = run(root, "-c", SYNC).split()
-    assert len(reported) == 30
+    assert len(reported) == 32
     return root
 
 
@@ -142,7 +142,7 @@ def test_finite_losses(tmp_path: Path, value: float, passed: bool) -> None:
 
 @pytest.mark.parametrize(("flags", "passed"), [(1, True), (3, False)])
 def test_copy_check_against_chance(tmp_path: Path, flags: int, passed: bool) -> None:
-    folder = tmp_path / "artifacts" / "evaluate" / "amber"
+    folder = tmp_path / "artifacts" / "privacy" / "amber"
     folder.mkdir(parents=True)
     table = {"kept": [True] * 10, "bank": ["references"] * 10, "flagged": [True] * flags + [False] * (10 - flags)}
     pd.DataFrame(table).to_parquet(folder / "copying.parquet")

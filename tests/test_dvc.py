@@ -8,7 +8,7 @@ import pytest
 import yaml
 from toy_project import DOWNSTREAM_OF_REFERENCES, FAN_IN, REPOSITORY, calls, copied, rebuilt, replace_reference, run, set_param
 
-STAGE_COUNT = 3 + 9 + 2 * 9  # domains, shared, targets
+STAGE_COUNT = 3 + 9 + 2 * 10  # domains, shared, targets
 
 
 def repro(root: Path) -> Counter[str]:

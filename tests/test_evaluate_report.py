@@ -1,4 +1,4 @@
-"""evaluate, compare and report on a small made-up project: two cameras, discs with cups, real segmenter files."""
+"""privacy, evaluate, compare and report on a small made-up project: two cameras, discs with cups, real segmenter files."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from alignflow_core import compare, evaluate, report
+from alignflow_core import compare, evaluate, privacy, report
 from alignflow_core.artifact import tree_hash, write_json
 from alignflow_core.config import Align, Evaluate, Gates, Machine, Network, References, Report, SegmenterNetwork, Target, Task
 from alignflow_core.errors import InputError
@@ -137,10 +137,14 @@ EVALUATE_INPUTS = {
     "sample_aligned": "sample_aligned/amber", "filter": "filter/amber",
     **{folder.partition("/")[0]: folder for folder in TRAINED},
     "sample_paired": "sample_paired/amber",
-    "image_flow": "image_flow", "align": "align/amber",
+}
+PRIVACY_INPUTS = {
+    "data:source": "data/standard", "data:target": "data/amber-clinic", "references": "references/amber", "sample_aligned": "sample_aligned/amber",
+    "filter": "filter/amber", "image_flow": "image_flow", "align": "align/amber",
 }
 REPORT_INPUTS = {
-    "compare": "compare", "evaluate:amber": "evaluate/amber", "data:source": "data/standard", "references:amber": "references/amber",
+    "compare": "compare", "evaluate:amber": "evaluate/amber", "privacy:amber": "privacy/amber", "data:source": "data/standard",
+    "references:amber": "references/amber",
     "sample_masks": "sample_masks", "sample_stage1": "sample_stage1", "sample_aligned:amber": "sample_aligned/amber",
     "align:amber": "align/amber", "filter:amber": "filter/amber", "image_flow": "image_flow", "mask_flow": "mask_flow",
 }
@@ -152,7 +156,12 @@ def evaluated(project: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def compared(project: Path, evaluated: Path) -> Path:
+def audited(project: Path) -> Path:
+    return build(project, "privacy", privacy.run, "amber", PRIVACY_INPUTS)
+
+
+@pytest.fixture(scope="module")
+def compared(project: Path, evaluated: Path, audited: Path) -> Path:
     return build(project, "compare", compare.run, None, {"evaluate:amber": "evaluate/amber"})
 
 
@@ -241,7 +250,8 @@ def test_distances_are_of_the_pairs_painted_at_full_strength(project: Path, tmp_
     assert distances.loc[("kid", "aligned"), "n"] == 10 and distances.loc[("kid", "aligned+filtered"), "n"] == 8
     assert distances.loc[("kid", "stage1"), "n"] == 10
     assert pd.read_parquet(out / "appearance.parquet")["set"].value_counts()[["stage1", "aligned"]].tolist() == [10, 10]
-    assert len(pd.read_parquet(out / "copying.parquet")["pair_id"].unique()) == 20
+    audit = build(tmp_path / "project", "privacy", privacy.run, "amber", PRIVACY_INPUTS)
+    assert len(pd.read_parquet(audit / "copying.parquet")["pair_id"].unique()) == 20
     build(tmp_path / "project", "compare", compare.run, None, {"evaluate:amber": "evaluate/amber"})
     page = (build(tmp_path / "project", "report", report.run, None, REPORT_INPUTS) / "index.html").read_text()
     assert "painted at strengths 0.5, 1 (0 is stage 1" in page and "the masks painted at 1," in page and "noised to time" not in page
@@ -265,11 +275,11 @@ def test_evaluate_compares_painted_masks_with_their_own_real_images(evaluated: P
     assert means["stage1", "ssim"] < 0.5
 
 
-def test_evaluate_finds_the_planted_copy(evaluated: Path):
-    copies = pd.read_parquet(evaluated / "copying.parquet")
+def test_privacy_finds_the_planted_copy(audited: Path):
+    copies = pd.read_parquet(audited / "copying.parquet")
     row = copies[(copies["pair_id"] == "pair000005") & (copies["bank"] == "references")].iloc[0]
     assert row["flagged"] and row["nearest"] == "ref2" and row["distance"] == pytest.approx(0, abs=0.02)
-    assert pd.read_json(evaluated / "metrics.json", typ="series")["copy_flagged_fraction"] >= 1 / 16
+    assert pd.read_json(audited / "metrics.json", typ="series")["copy_flagged_fraction"] >= 1 / 16
 
 
 def test_evaluate_numbers_are_fit_for_a_tracker(evaluated: Path):
@@ -278,12 +288,13 @@ def test_evaluate_numbers_are_fit_for_a_tracker(evaluated: Path):
     assert all(re.fullmatch(r"[\w\-. /]+", name) for name in numbers.index) and np.isfinite(numbers).all()
 
 
-def test_evaluate_asks_who_was_given(evaluated: Path):
-    numbers = pd.read_json(evaluated / "metrics.json", typ="series")
+def test_privacy_asks_who_was_given(audited: Path):
+    numbers = pd.read_json(audited / "metrics.json", typ="series")
+    assert all(re.fullmatch(r"[\w\-. /]+", name) for name in numbers.index)
     for name, members, others in (("source_stage1", 16, 24), ("source_aligned", 16, 24), ("references", 5, 16)):  # of seven two are held out
         assert (numbers[f"membership_members_{name}"], numbers[f"membership_others_{name}"]) == (members, others)
         assert 0 <= numbers[f"membership_low_{name}"] <= numbers[f"membership_auc_{name}"] <= numbers[f"membership_high_{name}"] <= 1
-    assert list(pd.read_parquet(evaluated / "membership.parquet").columns) == ["set", "case_id", "member", "score"]
+    assert list(pd.read_parquet(audited / "membership.parquet").columns) == ["set", "case_id", "member", "score"]
 
 
 def test_compare_has_the_contract(compared: Path):
@@ -390,7 +401,7 @@ def test_ablations_say_what_was_changed_and_by_how_much(project: Path, compared:
     base = comparison[comparison["target"] == "amber"]
     lower = base.assign(target="amber-skl", mean=base["mean"] - 0.1, difference=base["difference"] - 0.1)
     targets = {"amber": Target("amber"), "amber-skl": Target("amber", References(count=5), Align(reward="skl"), variant_of="amber")}
-    inputs = {f"{stage}:{name}": project / "artifacts" / stage / "amber" for stage in ("evaluate", "align") for name in targets}
+    inputs = {f"{stage}:{name}": project / "artifacts" / stage / "amber" for stage in ("evaluate", "privacy", "align") for name in targets}
     (found,) = report._ablations(["amber"], ["amber-skl"], SimpleNamespace(targets=targets), inputs, pd.concat([comparison, lower]))
     first, second = found["rows"]
     assert first["changed"] == "as set up" and second["changed"] == "references.count 10 → 5, align.reward frechet → skl"

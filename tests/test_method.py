@@ -14,6 +14,8 @@ from alignflow_core import align, alignment, alignment_private, filtering, image
 from alignflow_core.artifact import read_json
 from alignflow_core.checkpoint import load_tensors
 from alignflow_core.config import (
+    ARMS,
+    STAGE_ARMS,
     Align,
     Filter,
     Gates,
@@ -93,6 +95,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         build(function, CONFIG, made, root / name)
         made[name] = root / name
     return made
+
+
+@pytest.mark.parametrize("stage", STAGE_ARMS)
+def test_every_stage_trains_its_arms(built: dict[str, Path], stage: str) -> None:
+    trained = pd.read_parquet(built[stage] / "segmenters.parquet")["arm"].drop_duplicates()
+    assert tuple(trained) == tuple(arm for arm in STAGE_ARMS[stage] if arm in CONFIG.segment.arms)
+    assert sorted(arm for arms in STAGE_ARMS.values() for arm in arms) == sorted(ARMS)
 
 
 def test_flow_masks_are_plausible_and_their_origin_is_recorded(built: dict[str, Path]) -> None:

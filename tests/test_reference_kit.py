@@ -477,7 +477,7 @@ def test_run_from_a_file_of_moments_to_the_report(phantom_root: Path, tmp_path: 
     assert (target.align.rounds, target.align.recolour, target.align.rho, target.references.dir) == (1, False, 3.0, None)
     arms = set(pd.read_parquet(out / "artifacts/evaluate/amber/metrics.parquet")["arm"])
     assert not arms & {"reinhard", "fourier", "references-labelled"} and {"source", "stage1", "aligned", "aligned+filtered", "oracle"} <= arms
-    copies = pd.read_parquet(out / "artifacts/evaluate/amber/copying.parquet")
+    copies = pd.read_parquet(out / "artifacts/privacy/amber/copying.parquet")
     assert set(copies["bank"]) == {"source"}
     for stage, own in checks.CHECKS.items():
         for key in load_project(out / "params.yaml").graph.keys(STAGES[stage]):

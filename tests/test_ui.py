@@ -224,8 +224,8 @@ def continues(root: Path, folder: Path) -> None:
         last = launch(ui, "build_target", "amber")
         wait_for(lambda: runs(ui)[last] in ENDED)
         assert runs(ui)[last] == "SUCCESS"
-    stages = ("references", "align", "sample_aligned", "sample_paired", "filter", "segment_baselines", "segment_aligned", "segment_filtered",
-              "evaluate")
+    stages = ("references", "align", "sample_aligned", "sample_paired", "filter", "privacy", "segment_baselines", "segment_aligned",
+              "segment_filtered", "evaluate")
     contents = [[(place / "artifacts" / stage / "amber" / "given.txt").read_text() for stage in stages] for place in (root, whole)]
     assert contents[0] == contents[1]
     assert [line.partition(":")[0] for line in run(root, "-m", "pipelines.cli", "plan").splitlines()] == ["compare", "report"]

@@ -18,7 +18,7 @@ from alignflow_core.config import load_project
 from alignflow_core.stages import artifact_dir, node_id
 
 TARGETS = ("amber", "dim", "violet", "north", "south")
-DOWNSTREAM_OF_ALIGN = ("align", "sample_aligned", "sample_paired", "filter", "segment_aligned", "segment_filtered", "evaluate")
+DOWNSTREAM_OF_ALIGN = ("align", "sample_aligned", "sample_paired", "filter", "privacy", "segment_aligned", "segment_filtered", "evaluate")
 
 
 def alignflow(root: Path, *arguments: str) -> list[str]:
@@ -30,7 +30,7 @@ def alignflow(root: Path, *arguments: str) -> list[str]:
 def five(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five targets built by ``dvc repro`` and known to Dagster and MLflow."""
     root = built_by_dvc(write_project(tmp_path_factory.mktemp("five") / "project", TARGETS))
-    assert len(alignflow(root, "sync")) == 6 + 9 + 2 + 9 * len(TARGETS) - 2
+    assert len(alignflow(root, "sync")) == 6 + 9 + 2 + 10 * len(TARGETS) - 2
     return root
 
 

@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[1]
 PLUMBING = ("__init__", "__main__", "artifact", "config", "distributed", "errors", "floors", "registry", "networks/__init__", "networks/registry",
             "reward/__init__", "reward/registry", "painters/__init__", "painters/registry", "runner", "site_key", "stages", "usage", "validation")
 MODULES = ("data", "mask_flow", "image_flow", "sample", "segment", "labeller", "comparator", "align", "reward/distances", "reward/statconv",
-           "filtering", "evaluate", "compare", "report")
+           "filtering", "privacy", "evaluate", "compare", "report")
 TARGETS = ("amber", "dim")
 
 STAGE = '''
@@ -70,9 +70,11 @@ def build(config, inputs, out_dir, context):
     if stage == "filter":
         pd.DataFrame({"pair_id": ["p", "q"], "kept": True, "reason": "", "agreement": [0.8, 0.9]}).to_parquet(out_dir / "manifest.parquet")
         return {"kept_fraction": 1.0}
-    if stage == "evaluate":
+    if stage == "privacy":
         pd.DataFrame({"pair_id": ["p"], "kept": True, "bank": "references", "flagged": False}).to_parquet(out_dir / "copying.parquet")
-        return {"dice_source": 0.5, "dice_aligned": 0.75, "copy_chance_limit_references": 1.0}
+        return {"copy_chance_limit_references": 1.0}
+    if stage == "evaluate":
+        return {"dice_source": 0.5, "dice_aligned": 0.75}
     if stage == "compare":
         rows = [(name.partition(":")[2], "unet", arm, "source", "dice", 9, mean, mean - .1, mean + .1, difference, difference - .1, difference + .1)
                 for name in inputs for arm, mean, difference in (("source", .5, np.nan), ("aligned", .75, .25))]
@@ -172,7 +174,7 @@ def set_param(root: Path, value: object, *keys: str) -> None:
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
 
 
-DOWNSTREAM_OF_REFERENCES = ("references", "align", "sample_aligned", "sample_paired", "filter", "segment_baselines", "segment_aligned",
+DOWNSTREAM_OF_REFERENCES = ("references", "align", "sample_aligned", "sample_paired", "filter", "privacy", "segment_baselines", "segment_aligned",
                             "segment_filtered", "evaluate")
 FAN_IN = ("compare", "report")
 
