@@ -45,10 +45,11 @@ def split_groups(groups: Sequence[str], shares: tuple[float, float, float], seed
     missing = {s: share * len(groups) for s, share in zip(SPLITS, shares, strict=True) if share > 0}
     chosen: dict[str, str] = {}
     order = sorted(sizes, key=lambda group: (-sizes[group], derive_seed(seed, "split", domain, group)))
+    empty = set(wanted)
     for left, group in zip(range(len(order), 0, -1), order, strict=True):
-        empty = [s for s in wanted if s not in chosen.values()]
-        split = max(empty if len(empty) == left else wanted, key=lambda s: missing[s])
+        split = max((s for s in wanted if len(empty) < left or s in empty), key=lambda s: missing[s])
         chosen[group] = split
+        empty.discard(split)
         missing[split] -= sizes[group]
     return chosen
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from alignflow_core.errors import InputError
 
 VARIABLE = "ALIGNFLOW_SITE_KEY_FILE"
+PLACES = (VARIABLE, "XDG_CONFIG_HOME", "HOME")  # what the key's place depends on: a path for each of many names would cost more than its hash
 LEAST_BYTES = 32
 
 
@@ -26,7 +27,7 @@ def key_file() -> Path:
 
 def pseudonym(kind: str, name: str, length: int = 16) -> str:
     """Keyed hash of a name, hexadecimal; ``kind`` keeps equal names of different things apart."""
-    return hmac.new(_key(key_file()), f"{kind}\0{name}".encode(), hashlib.sha256).hexdigest()[:length]
+    return hmac.new(_key(*map(os.environ.get, PLACES)), f"{kind}\0{name}".encode(), hashlib.sha256).hexdigest()[:length]
 
 
 def key_check() -> str:
@@ -35,12 +36,13 @@ def key_check() -> str:
 
 
 @cache
-def _key(file: Path) -> bytes:
-    """Read the key, made first if there is none.
+def _key(*_: str | None) -> bytes:
+    """Read the key that goes with these values of :data:`PLACES`, made first if there is none.
 
     Raises:
         InputError: it cannot be read or made, others may read it, or it is too short.
     """
+    file = key_file()
     try:
         if not file.exists():
             _make(file)

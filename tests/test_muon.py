@@ -9,7 +9,7 @@ from torch import nn
 from alignflow_core.checkpoint import load_tensors
 from alignflow_core.config import Training
 from alignflow_core.errors import InputError
-from alignflow_core.flow.muon import Muon, is_matrix, orthogonal
+from alignflow_core.flow.muon import COEFFICIENTS, TURNS, Muon, is_matrix, orthogonal
 from alignflow_core.flow.train import train
 
 
@@ -23,6 +23,20 @@ def test_steps_are_orthogonal_and_lean_the_gradients_way(shape: tuple[int, int])
     assert float(values.min()) > 0.4 and float(values.max()) < 1.3
     left, _, right = torch.linalg.svd(gradient, full_matrices=False)
     assert nn.functional.cosine_similarity(found.flatten(), (left @ right).flatten(), dim=0) > 0.97
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (8, 72), (72, 8)])
+@pytest.mark.parametrize("least", [1e-1, 1e-4, 1e-8])
+def test_turns_multiplied_out_are_the_turns_one_by_one(shape: tuple[int, int], least: float) -> None:
+    """Newton-Schulz as it is written in the source, in double precision; singular values down to ``least`` of the largest."""
+    left, _, right = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64), full_matrices=False)
+    gradient = left * torch.logspace(0, float(torch.tensor(least).log10()), min(shape), dtype=torch.float64) @ right
+    x = gradient / gradient.norm()
+    a, b, c = COEFFICIENTS
+    for _ in range(TURNS):
+        x = a * x + b * x @ x.T @ x + c * x @ x.T @ x @ x.T @ x
+    assert torch.allclose(orthogonal(gradient), x, atol=1e-10)
+    assert torch.allclose(orthogonal(gradient.float()).double(), x, atol=1e-3)
 
 
 def test_first_step_by_hand_and_weights_without_gradient() -> None:

@@ -157,7 +157,7 @@ TABLE: dict[str, list[tuple[str, str, str | None, tuple[str, ...]]]] = {
     ],
     "data.py": [
         ("groups to split", "if len(sizes) < len(wanted):", None, data("splits_never_cut_a_group_and_hit_the_shares")),
-        ("no split without a group", "empty if len(empty) == left else wanted", "wanted", data("splits_never_cut_a_group_and_hit_the_shares")),
+        ("no split without a group", "len(empty) < left or s in empty", "True", data("splits_never_cut_a_group_and_hit_the_shares")),
         ("number of references", "if len(table) < wanted.count:", None, bad("more_references_than_training_images")),
         ("references of a test image's content", "if sha256 in contents:", None, bad("references_that_are_test_images_stop_the_run")),
         ("references of a test image's patient", "elif group in by_group:", None, bad("references_that_are_test_images_stop_the_run")),

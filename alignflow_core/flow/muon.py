@@ -19,15 +19,29 @@ def is_matrix(weight: Tensor) -> bool:
     return weight.ndim >= 2 and min(len(weight), weight[0].numel()) >= THIN
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """The nearest matrix with all singular values about 1 (Newton-Schulz), [R, C] -> [R, C]."""
+def _quintic(gram: Tensor) -> Tensor:
+    """a + b g + c g^2 of a square matrix g."""
     a, b, c = COEFFICIENTS
+    found = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+    found.diagonal().add_(a)
+    return found
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """The nearest matrix with all singular values about 1 (Newton-Schulz), [R, C] -> [R, C].
+
+    A turn takes x to p x, p = a + b g + c g^2 with g = x x^T, so all turns together are a polynomial of the first g: it is multiplied out among
+    small matrices, and only g and the last product see the long side.
+    """
     x = matrix / matrix.norm().clamp_min(1e-7)
-    x = x.T if len(matrix) > matrix.shape[1] else x
-    for _ in range(TURNS):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if len(matrix) > matrix.shape[1] else x
+    tall = len(matrix) > matrix.shape[1]
+    gram = x.T @ x if tall else x @ x.T
+    p = product = _quintic(gram)
+    for _ in range(TURNS - 1):
+        gram = p @ gram @ p
+        p = _quintic(gram)
+        product = p @ product
+    return x @ product if tall else product @ x
 
 
 class Muon(torch.optim.Optimizer):
