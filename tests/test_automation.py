@@ -21,7 +21,7 @@ def test_lane_after_lane(built_toy: Path, tmp_path: Path) -> None:
     assert run(root, "-c", REQUESTS).split() == []
     replace_reference(root, "amber")
     first = run(root, "-c", REQUESTS).split()
-    chain = ["reference_set", "aligned_checkpoint", "synthetic_images", "paired_images", "filtered_pairs", "baseline_segmenters",
+    chain = ["reference_set", "aligned_checkpoint", "synthetic_images", "paired_images", "filtered_pairs", "privacy_audit", "baseline_segmenters",
              "aligned_segmenters", "filtered_segmenters", "metrics"]
     assert first[:-1] == ["build_target", "amber", *chain]
     assert run(root, "-c", REQUESTS).split() == first, "the same state is not tried twice: Dagster skips a key that it has seen"
