@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from alignflow_core.artifact import read_json, write_json
 from alignflow_core.checkpoint import prefixed, section
 from alignflow_core.config import REWARD_COST, Align, ImageFlow, Task
-from alignflow_core.devices import autocast, prepare
+from alignflow_core.devices import autocast, placed, prepare
 from alignflow_core.errors import InputError
 from alignflow_core.flow.ema import Ema
 from alignflow_core.flow.guidance import guided
@@ -36,7 +36,7 @@ from alignflow_core.reward.gradient import SCHEMES, Rewarded
 from alignflow_core.reward.moments import Moments
 from alignflow_core.reward.objective import Known, Objective, steadied
 from alignflow_core.reward.recolour import recolour, refocus, spectral_gain, spectrum
-from alignflow_core.seeding import derive_seed, generator
+from alignflow_core.seeding import derive_seed, generator, normal
 from alignflow_core.segmenter_fit import Diet, fit
 
 CALIBRATION_BATCHES = 4
@@ -242,7 +242,7 @@ class Alignment:
         """What a batch of samples is painted from: rows of the source's masks, and noise x0."""
         batch = self.settings.training.batch
         rows = torch.randint(len(self.images), (batch,), generator=draw).to(self.device)
-        return rows, torch.randn((batch, *self.images.shape[1:]), generator=draw).to(self.device)
+        return rows, normal((batch, *self.images.shape[1:]), draw, self.device)
 
     def _pull(self, draw: torch.Generator, weight: float, known: Known, past: list[Tensor], step: int) -> tuple[dict[str, float], list[Tensor]]:
         """Leave the gradient of ``weight`` times the reward of one batch, steadied by the features of earlier samples; numbers to log, features."""
@@ -251,9 +251,10 @@ class Alignment:
         kept: list[Tensor] = []
 
         def reward(x1: Tensor) -> Tensor:
-            features = self._features(x1.float(), self.labels[rows])
-            kept[:] = [f.detach() for f in features]
-            return -self.objective(steadied(features, past), known)
+            with torch.autocast(self.device.type, enabled=False):  # moments are of single precision, as those of the references are
+                features = self._features(x1.float(), self.labels[rows])
+                kept[:] = [f.detach() for f in features]
+                return -self.objective(steadied(features, past), known)
 
         with autocast(self.config.machine, self.device):
             done: Rewarded = SCHEMES[settings.gradient](self._as_painted(self.painter), x0, self.cond[rows], self.times, reward, settings.k,
@@ -375,7 +376,7 @@ class Alignment:
         painted = []
         with torch.no_grad(), autocast(self.config.machine, self.device):
             for part in rows.split(32):
-                x0 = torch.randn((len(part), *self.images.shape[1:]), generator=draw).to(self.device)
+                x0 = normal((len(part), *self.images.shape[1:]), draw, self.device)
                 painted.append(to_bytes(euler(painter, x0, self.cond[part.to(self.device)], self.times)))
         chosen = self.source.select(rows.numpy())
         aligned = Pairs(np.concatenate(painted), chosen.masks, chosen.ids, chosen.table)
@@ -421,7 +422,7 @@ class Alignment:
         draw = generator(self.config.seed, "align", "probe")
         masks = max(1, self.settings.check_samples // PROBE_REPEATS)
         rows = torch.randint(len(self.cond), (masks,), generator=draw).repeat_interleave(PROBE_REPEATS)
-        x0 = torch.randn((len(rows), *self.images.shape[1:]), generator=draw).to(self.device)
+        x0 = normal((len(rows), *self.images.shape[1:]), draw, self.device)
         rows = rows.to(self.device)
         return Probe(x0, self.cond[rows], self.times, PROBE_REPEATS), self.labels[rows]
 
@@ -432,7 +433,7 @@ class Alignment:
         model.adopt_target()
         if self.settings.adapter == "lora":
             lora.adapt(model, self.settings.lora_rank, derive_seed(self.config.seed, "align", "lora"), free=model.domain_embeddings())
-        return model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+        return cast(velocity_unet.VelocityUNet, placed(model, self.config.machine, self.device))
 
     def _save(self, out_dir: Path, weights: Weights, promise: dict[str, Any]) -> None:
         """Write the chosen weights as a plain network."""

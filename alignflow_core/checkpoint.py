@@ -95,6 +95,5 @@ def section(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside the wrappers of ``torch.compile`` and DistributedDataParallel, where there are any."""
-    inner: nn.Module = getattr(model, "_orig_mod", model)
-    return inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else inner
+    """The module inside the wrapper of DistributedDataParallel, where there is one."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model  # type: ignore[no-any-return]

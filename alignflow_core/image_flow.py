@@ -4,17 +4,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from alignflow_core.config import ImageFlow, Task
+from alignflow_core.config import ImageFlow, Machine, Task
 from alignflow_core.devices import autocast, prepare, ready
 from alignflow_core.distributed import own_rows
 from alignflow_core.flow.batch import training_batch
 from alignflow_core.flow.loss import flow_matching_loss
-from alignflow_core.flow.train import train
+from alignflow_core.flow.train import Step, train
 from alignflow_core.masks import condition
 from alignflow_core.networks import velocity_unet
-from alignflow_core.pairs import read_pairs, to_unit
+from alignflow_core.pairs import read_pairs, to_tensor, to_unit
 from alignflow_core.seeding import derive_seed, generator
+
+
+def training_step(model: nn.Module, images: Tensor, cond: Tensor, settings: ImageFlow, machine: Machine,
+                  seed: int) -> Step:
+    """A ``step(i)`` for ``flow.train.train``: batch i of images uint8 [N, 3, H, W] and their conditions [N, D, H, W], forward and backward."""
+    own = own_rows(settings.training.batch)
+
+    def step(i: int) -> dict[str, Tensor]:
+        draw = generator(seed, "image_flow", i)
+        x1, c = training_batch(images, cond, settings.training.batch, settings.flip, draw)
+        with autocast(machine, images.device):
+            loss = flow_matching_loss(model, x1, c, settings.times, draw, settings.coupling, settings.condition_dropout, own)
+        loss.backward()
+        return {"loss": loss.detach()}
+
+    return step
 
 
 def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
@@ -26,19 +43,10 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
     task: Task = config.task
     device = prepare(config.machine)
     pairs = read_pairs(inputs["data:source"], "train")
-    images, cond = to_unit(pairs.images).to(device), condition(pairs.labels, task, settings.clip).to(device)
+    images, cond = to_tensor(pairs.images).to(device), condition(pairs.labels, task, settings.clip).to(device)
     network = velocity_unet.build(3, cond.shape[1], settings.network, derive_seed(config.seed, "image_flow", "weights"))
     model = ready(network, config.machine, device)
-    own = own_rows(settings.training.batch)
-
-    def step(i: int) -> dict[str, float]:
-        draw = generator(config.seed, "image_flow", i)
-        x1, c = training_batch(images, cond, settings.training.batch, settings.flip, draw)
-        with autocast(config.machine, device):
-            loss = flow_matching_loss(model, x1, c, settings.times, draw, settings.coupling, settings.condition_dropout, own)
-        loss.backward()
-        return {"loss": loss.item()}
-
+    step = training_step(model, images, cond, settings, config.machine, config.seed)
     ema = train(model, step, settings.training, context.work_dir / "state.safetensors", context.log, context.progress)
     velocity_unet.save(out_dir, ema.shadow, 3, cond.shape[1], settings.network, domain=velocity_unet.SOURCE, clip=settings.clip)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from alignflow_core.config import MaskFlow, Task
@@ -35,7 +36,7 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
     own = own_rows(settings.training.batch)
     empty = torch.zeros(settings.training.batch, 0, *maps.shape[2:], device=device)
 
-    def step(i: int) -> dict[str, float]:
+    def step(i: int) -> dict[str, Tensor]:
         draw = generator(config.seed, "mask_flow", i)
         x1 = maps[torch.randint(len(maps), (settings.training.batch,), generator=draw).to(device)]
         flipped = (torch.rand(len(x1), generator=draw) < 0.5).view(-1, 1, 1, 1).to(device)
@@ -43,7 +44,7 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
         with autocast(config.machine, device):
             loss = flow_matching_loss(model, x1, empty, settings.times, draw, rows=own)
         loss.backward()
-        return {"loss": loss.item()}
+        return {"loss": loss.detach()}
 
     ema = train(model, step, settings.training, context.work_dir / "state.safetensors", context.log, context.progress)
     velocity_unet.save(out_dir, ema.shadow, channels, 0, settings.network, domain=velocity_unet.SOURCE, clip=settings.clip, size=maps.shape[-1])

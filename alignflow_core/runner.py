@@ -305,13 +305,27 @@ def accelerator(stage: Stage, project: Project, node: str, quiet: bool) -> Itera
     """Hold this machine's accelerator while a stage that wants it computes: one at a time, whoever started it (Dagster, DVC, a terminal).
 
     Waits for its turn. Where there is none, or ``machine.device`` is ``cpu``, nothing is held. ``ALIGNFLOW_GPU_LOCK`` names another lock
-    file, for instance one for each card.
+    file, for instance one for each card; ``ALIGNFLOW_GPU_SHARE`` says how many stages a card takes at once (small networks leave most of it idle).
+
+    Raises:
+        InputError: ``ALIGNFLOW_GPU_SHARE`` is no number above 0.
     """
     if not stage.gpu or project.machine.device == "cpu" or not any(map(Path.exists, ACCELERATORS)):
         yield
         return
     file = Path(os.environ.get("ALIGNFLOW_GPU_LOCK") or Path.home() / ".cache" / "alignflow" / f"gpu-{socket.gethostname()}.lock")
-    with exclusive(file, wait=lambda holder: None if quiet else print(f"{node}: waiting for the accelerator, {holder}", file=sys.stderr, flush=True)):
+    share = os.environ.get("ALIGNFLOW_GPU_SHARE", "1")
+    if not share.isdecimal() or not int(share):
+        raise InputError(f"ALIGNFLOW_GPU_SHARE={share}: not a number of stages; give 1 or more, or unset it")
+    places = [file, *(file.with_name(f"{file.name}.{number}") for number in range(1, int(share)))]
+    with contextlib.ExitStack() as held:
+        for place in places:
+            with contextlib.suppress(InputError):
+                held.enter_context(exclusive(place))
+                break
+        else:
+            held.enter_context(exclusive(places[os.getpid() % len(places)], wait=lambda holder: None if quiet else print(
+                f"{node}: waiting for the accelerator, {holder}", file=sys.stderr, flush=True)))
         yield
 
 

@@ -1,7 +1,7 @@
 """Synthesis: noise -> mask, mask -> image, one seed per pair, so that pair i is the same in any batch or after any restart."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from alignflow_core.artifact import read_json
 from alignflow_core.config import Sample, Task
-from alignflow_core.devices import autocast, prepare
+from alignflow_core.devices import Replayed, autocast, placed, prepare
 from alignflow_core.errors import StageError
 from alignflow_core.flow.guidance import guided
 from alignflow_core.flow.path import VelocityModel, sample_path
@@ -80,10 +80,10 @@ def run_paired(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any
     device = prepare(config.machine)
     for done, (painter, name) in enumerate(painters.items(), start=1):
         model, facts = velocity_unet.load(inputs[name])
-        model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        velocity = Replayed(velocity_unet.in_domain(placed(model, config.machine, device), facts["domain"]))
         parts = []
         for start in range(0, len(pairs), settings.batch):
-            parts.append(_painted(model, facts, pairs.labels[start:start + settings.batch],
+            parts.append(_painted(velocity, facts, pairs.labels[start:start + settings.batch],
                                   ("paired", range(start, min(start + settings.batch, len(pairs)))), config, device))
         np.save(out_dir / f"{painter}.npy", np.concatenate(parts))
         context.progress(done, len(painters), painter)
@@ -96,7 +96,7 @@ def _dealt(values: Sequence[float], seed: int, purpose: str, n: int) -> np.ndarr
     return np.array([values[derive_seed(seed, purpose, i) % len(values)] for i in range(n)], dtype=float)
 
 
-def _painted(model: torch.nn.Module, facts: dict[str, Any], masks: np.ndarray, seeds: tuple[str, Sequence[int]], config: Any,
+def _painted(model: VelocityModel, facts: dict[str, Any], masks: np.ndarray, seeds: tuple[str, Sequence[int]], config: Any,
              device: torch.device, seen: tuple[float, np.ndarray] | None = None) -> np.ndarray:
     """Images uint8 [n, H, W, 3] of class numbers [n, H, W]; image i from noise seeded by ``(seed, seeds[0], seeds[1][i])``.
 
@@ -110,7 +110,7 @@ def _painted(model: torch.nn.Module, facts: dict[str, Any], masks: np.ndarray, s
         begin, images = seen
         noise = sample_path(noise, to_unit(images), torch.full((len(noise),), begin)).x_t
     with autocast(config.machine, device), torch.no_grad():
-        return to_bytes(_drawn(velocity_unet.in_domain(model, facts["domain"]), noise.to(device), cond, facts, config.sample, begin))
+        return to_bytes(_drawn(model, noise.to(device), cond, facts, config.sample, begin))
 
 
 def _drawn(model: VelocityModel, noise: Tensor, cond: Tensor, facts: dict[str, Any], settings: Sample, begin: float = 0.0) -> Tensor:
@@ -152,37 +152,39 @@ def _paint(config: Any, checkpoint_dir: Path, masks_dir: Path, out_dir: Path, co
     device = prepare(config.machine)
     model, facts = velocity_unet.load(checkpoint_dir)
     weights = {1.0: model.state_dict()} if base_dir is None else _between(base_dir, model, settings.strengths)
-    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    velocity = Replayed(velocity_unet.in_domain(placed(model, config.machine, device), facts["domain"]))
     masks = read_array(masks_dir / "masks.npy")
     table = pd.read_parquet(masks_dir / "manifest.parquet")
     strengths = _dealt(settings.strengths, config.seed, "strength", len(masks)) if base_dir else np.ones(len(masks))
     starts = np.where(table["origin"] == "real", _dealt(settings.starts, config.seed, "start", len(masks)), 0.0) if source else np.zeros(len(masks))
-    chunks = range(0, len(masks), settings.batch)
-    parts = []
-    for start in chunks:
-        part = context.work_dir / f"chunk{start:08d}.npy"
+    images, done = np.empty((*masks.shape, 3), np.uint8), 0
+    for number, (strength, begin, rows) in enumerate(_chunks(strengths, starts, settings.batch)):
+        part = context.work_dir / f"chunk{number:08d}.npy"
         if not part.exists():
-            numbers = np.arange(start, min(start + settings.batch, len(masks)))
-            painted = np.empty((len(numbers), *masks.shape[1:], 3), np.uint8)
-            for strength, begin in sorted(set(zip(strengths[numbers].tolist(), starts[numbers].tolist(), strict=True))):
-                model.load_state_dict(weights[strength])
-                rows = numbers[(strengths[numbers] == strength) & (starts[numbers] == begin)]
-                seen = (begin, source.images[table["seed"].to_numpy()[rows]]) if source and begin else None  # a real mask's number is its row
-                painted[rows - start] = _painted(model, facts, masks[rows], ("pair", rows.tolist()), config, device, seen)
-            np.save(part.with_suffix(".part.npy"), painted)
+            model.load_state_dict(weights[strength])
+            seen = (begin, source.images[table["seed"].to_numpy()[rows]]) if source and begin else None  # a real mask's number is its row
+            np.save(part.with_suffix(".part.npy"), _painted(velocity, facts, masks[rows], ("pair", rows.tolist()), config, device, seen))
             part.with_suffix(".part.npy").rename(part)
-        parts.append(read_array(part))
-        context.progress(min(start + settings.batch, len(masks)), len(masks), "images")
+        images[rows] = read_array(part)
+        done += len(rows)
+        context.progress(done, len(masks), "images")
     table.insert(0, "pair_id", [f"pair{i:06d}" for i in range(len(masks))])
     table["seed"] = [derive_seed(config.seed, "pair", i) for i in range(len(masks))]
     if base_dir is not None:
         table["strength"], table["start"] = strengths, starts
     table["checkpoint"] = read_json(checkpoint_dir / "config.json")["weights_sha256"]
-    images = np.concatenate(parts)
     write_pairs(out_dir, Pairs(images, np.asarray(masks), tuple(table["pair_id"]), table))
     calls = np.array([_nfe(facts, settings, begin) for begin in starts.tolist()])
     return {"n_images": len(images), "nfe": float(calls.mean()), "started_fraction": float((starts > 0).mean()),
             "saturated_fraction": float(((images == 0) | (images == 255)).mean())}
+
+
+def _chunks(strengths: np.ndarray, starts: np.ndarray, batch: int) -> Iterator[tuple[float, float, np.ndarray]]:
+    """Strength, start and row numbers of what is painted at once: full batches but for the last of each strength and start."""
+    for strength, begin in sorted(set(zip(strengths.tolist(), starts.tolist(), strict=True))):
+        rows = np.flatnonzero((strengths == strength) & (starts == begin))
+        for first in range(0, len(rows), batch):
+            yield strength, begin, rows[first:first + batch]
 
 
 def _between(base_dir: Path, model: torch.nn.Module, strengths: Sequence[float]) -> dict[float, dict[str, Tensor]]:
@@ -212,7 +214,7 @@ def _draw_masks(config: Any, checkpoint_dir: Path, real: np.ndarray, wanted: int
         return np.empty((0, *real.shape[1:]), np.uint8), numbers, 0
     device = prepare(config.machine)
     model, facts = velocity_unet.load(checkpoint_dir)
-    model = model.to(device)
+    velocity = Replayed(velocity_unet.in_domain(placed(model, config.machine, device), velocity_unet.SOURCE))
     shape = (facts["channels"], facts["size"], facts["size"])
     areas = regions(real, task).mean((2, 3))
     low, high = np.quantile(areas, [settings.area_quantile, 1 - settings.area_quantile], axis=0)
@@ -222,7 +224,7 @@ def _draw_masks(config: Any, checkpoint_dir: Path, real: np.ndarray, wanted: int
             raise StageError(f"only {len(kept)} of {tried} drawn masks are plausible; train mask_flow longer (mask_flow.training.steps)")
         batch = range(tried, tried + settings.batch)
         noise = torch.stack([torch.randn(shape, generator=generator(config.seed, "mask", i)) for i in batch]).to(device)
-        maps = _solve(model, noise, noise.new_zeros(len(noise), 0, *shape[1:]), settings)
+        maps = _solve(velocity, noise, noise.new_zeros(len(noise), 0, *shape[1:]), settings)
         maps = functional.interpolate(maps, size=real.shape[1:], mode="bilinear", align_corners=False)
         for number, mask in zip(batch, from_regions(maps.cpu().numpy(), task), strict=True):
             mask = clean(mask, task)

@@ -8,6 +8,8 @@ import hashlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
 
@@ -17,8 +19,21 @@ def derive_seed(*names: object) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def normal(shape: "Sequence[int]", draw: "torch.Generator", device: "torch.device") -> "torch.Tensor":
+    """Standard normal noise on the device, a function of the CPU generator's state.
+
+    A GPU draws from a generator of its own that ``draw`` seeds: 32 images of 256 px take a CPU 40 ms, half a training step.
+    """
+    import torch
+
+    if device.type == "cpu":
+        return torch.randn(*shape, generator=draw)
+    seed = int(torch.randint(2**62, (1,), generator=draw))
+    return torch.randn(*shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+
+
 def generator(*names: object) -> "torch.Generator":
-    """CPU generator seeded by the names; draws are moved to the device, so all devices agree."""
+    """CPU generator seeded by the names; all draws but noise (:func:`normal`) are made by it and moved to the device."""
     import torch  # here, since the tables and the report want a seed and no torch
 
     return torch.Generator().manual_seed(derive_seed(*names))

@@ -37,7 +37,9 @@ class Learner:
         from alignflow_core.config import ImageFlow, Training
         from alignflow_core.flow.ema import Ema
         from alignflow_core.flow.train import build_optimisers
+        from alignflow_core.pairs import to_tensor
 
+        self.pixels = to_tensor(pictures.images)
         self.model, self.pictures, self.batch, self.seed, self.warm_up = model, pictures, batch, seed, warm_up
         self.settings = ImageFlow(training=Training(**training))
         self.optimisers = build_optimisers(model, self.settings.training)
@@ -54,7 +56,7 @@ class Learner:
             for group in optimiser.param_groups:
                 group["lr"] = optimiser.defaults["lr"] * min(1.0, (i + 1) / self.warm_up)
         draw = generator(self.seed, "benchmark", i)
-        x1, cond = training_batch(self.pictures.x1, self.pictures.cond, self.batch, True, draw)
+        x1, cond = training_batch(self.pixels, self.pictures.cond, self.batch, True, draw)
         self.model.zero_grad(set_to_none=True)
         flow_matching_loss(self.model, x1, cond, self.settings.times, draw, condition_dropout=self.settings.condition_dropout).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.training.clip)
@@ -76,3 +78,24 @@ class Learner:
         with torch.no_grad():
             return float(np.mean([float(flow_matching_loss(averaged, pictures.x1, pictures.cond, self.settings.times, generator("held out", number)))
                                   for number in range(draws)]))
+
+
+def diffusers_unet(network: Any, size: int) -> Any:
+    """diffusers' UNet2DModel shaped like our painter of a 4-channel condition: same channels, levels, blocks, attention and groups."""
+    import torch
+    from diffusers import UNet2DModel
+
+    blocks = [("Attn" if attends else "") for attends in network.attention]
+
+    class Peer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unet = UNet2DModel(
+                sample_size=size, in_channels=7, out_channels=3, layers_per_block=network.n_res_blocks, block_out_channels=network.channels,
+                norm_num_groups=network.norm_groups, attention_head_dim=network.head_channels,
+                down_block_types=[f"{kind}DownBlock2D" for kind in blocks], up_block_types=[f"{kind}UpBlock2D" for kind in reversed(blocks)])
+
+        def forward(self, x_t: Any, t: Any, cond: Any) -> Any:
+            return self.unet(torch.cat([x_t, cond], 1), t * 1000).sample
+
+    return Peer()

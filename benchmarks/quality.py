@@ -8,7 +8,6 @@ A second row tells the network from the optimiser: both by AdamW. Only training 
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
 
 from benchmarks.row import Row, Skipped, compare, missing
 
@@ -40,11 +39,11 @@ def seconds_to_loss(seed: int) -> dict[str, float]:
 
     from alignflow_core.config import Network
     from alignflow_core.networks import velocity_unet
-    from benchmarks.painter import Learner, phantom
+    from benchmarks.painter import Learner, diffusers_unet, phantom
 
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    models = {name: velocity_unet.build(3, 4, Network(), seed) for name in NAMES} | {"peer": _peer()}
+    models = {name: velocity_unet.build(3, 4, Network(), seed) for name in NAMES} | {"peer": diffusers_unet(Network(), SIDE)}
     ours, theirs = (sum(p.numel() for p in models[name].parameters()) for name in ("muon", "peer"))
     assert abs(ours - theirs) < 0.1 * theirs, (ours, theirs)
     pictures, held_out = phantom(0, IMAGES, SIDE), phantom(IMAGES, HELD_OUT, SIDE)
@@ -70,27 +69,3 @@ def crossing(looks: list[tuple[float, float]], goal: float) -> float:
         if loss <= goal:
             return after if higher == math.inf else before + (higher - goal) / (higher - loss) * (after - before)
     return math.inf
-
-
-def _peer() -> Any:
-    """UNet2DModel shaped like ours: same channels, levels, blocks, attention and groups."""
-    import torch
-    from diffusers import UNet2DModel
-
-    from alignflow_core.config import Network
-
-    network = Network()
-    blocks = [("Attn" if attends else "") for attends in network.attention]
-
-    class Peer(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.unet = UNet2DModel(
-                sample_size=SIDE, in_channels=7, out_channels=3, layers_per_block=network.n_res_blocks, block_out_channels=network.channels,
-                norm_num_groups=network.norm_groups, attention_head_dim=network.head_channels,
-                down_block_types=[f"{kind}DownBlock2D" for kind in blocks], up_block_types=[f"{kind}UpBlock2D" for kind in reversed(blocks)])
-
-        def forward(self, x_t: Any, t: Any, cond: Any) -> Any:
-            return self.unet(torch.cat([x_t, cond], 1), t * 1000).sample
-
-    return Peer()

@@ -20,8 +20,9 @@ class Ema:
         """Blend the model's present weights in."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, value in model.state_dict().items():
-            if value.is_floating_point():
-                self.shadow[name].lerp_(value, 1 - decay)
-            else:
-                self.shadow[name].copy_(value)
+        values = model.state_dict()
+        floating = [name for name, value in values.items() if value.is_floating_point()]
+        # One kernel for all weights on a GPU, as torch.optim.swa_utils has it.
+        torch._foreach_lerp_([self.shadow[name] for name in floating], [values[name] for name in floating], 1 - decay)
+        for name in values.keys() - set(floating):
+            self.shadow[name].copy_(values[name])

@@ -6,6 +6,7 @@ from torch import Tensor
 from alignflow_core.config import Times
 from alignflow_core.flow.coupling import couple
 from alignflow_core.flow.path import VelocityModel, sample_path, sample_times
+from alignflow_core.seeding import normal
 
 
 def flow_matching_loss(velocity_model: VelocityModel, x1: Tensor, cond: Tensor, times: Times, generator: torch.Generator,
@@ -22,7 +23,7 @@ def flow_matching_loss(velocity_model: VelocityModel, x1: Tensor, cond: Tensor, 
     Returns:
         scalar mean squared error.
     """
-    x0 = torch.randn(x1.shape, generator=generator).to(x1)
+    x0 = normal(x1.shape, generator, x1.device)
     t = sample_times(len(x1), times, generator).to(x1)
     keep = (torch.rand(len(x1), generator=generator) >= condition_dropout).to(x1)
     point = sample_path(couple(coupling, x0, x1), x1, t)

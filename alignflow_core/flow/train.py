@@ -7,7 +7,7 @@ import contextlib
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -25,15 +25,16 @@ MUON_RATE = 10.0  # a step of Muon has a size of its own, some ten times that of
 SAVES = 12  # three saves at once, each of weights, their average and two moments
 
 Log = Callable[[dict[str, float], int], None]
+Step = Callable[[int], Mapping[str, float | Tensor]]
 Progress = Callable[[int, int, str], None]
 
 
-def train(model: nn.Module, step: Callable[[int], dict[str, float]], training: Training, state_file: Path, log: Log, progress: Progress,
+def train(model: nn.Module, step: Step, training: Training, state_file: Path, log: Log, progress: Progress,
           on_step: Callable[[int, Ema], bool] | None = None, extra: dict[str, Tensor] | None = None) -> Ema:
     """Train until ``training.steps`` and return the averaged weights.
 
     Args:
-        step: ``step(i)`` leaves the gradients of step i in the parameters and returns numbers to log.
+        step: ``step(i)`` leaves the gradients of step i in the parameters and returns numbers to log, as scalars or floats.
             It must depend on i alone (see ``seeding.py``): then a resumed run is the uninterrupted one, byte for byte.
         state_file: of the resumable state (``state.py``); read if there, written every ``save_every`` steps and on interruption.
         on_step: called after each step with the number of steps done; true ends the training.
@@ -55,15 +56,19 @@ def train(model: nn.Module, step: Callable[[int], dict[str, float]], training: T
                 for group in optimiser.param_groups:
                     group["lr"] = optimiser.defaults["lr"] * schedule(done, training)
             model.zero_grad(set_to_none=True)
-            numbers = distributed.mean(step(done))
-            norm = float(nn.utils.clip_grad_norm_(model.parameters(), training.clip))
+            found = dict(step(done))
+            found["gradient norm"] = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
+            for optimiser in optimisers:
+                optimiser.step()
+            ema.update(unwrap(model))
+            # Only now are numbers asked for: a GPU has work while the processor queues more.
+            numbers = {name: float(value) for name, value in found.items()}
+            norm = numbers.pop("gradient norm")
+            numbers = distributed.mean(numbers)
             bad = [name for name, value in {**numbers, "gradient norm": norm}.items() if not math.isfinite(value)]
             if bad:
                 raise StageError(f"step {done}: {', '.join(bad)} not finite; lower the learning rate or check the data. "
                                          f"The last good state is kept in {state_file.name}")
-            for optimiser in optimisers:
-                optimiser.step()
-            ema.update(unwrap(model))
             done += 1
             if done % training.log_every == 0 or done == training.steps:
                 log({**numbers, "gradient_norm": norm}, done)

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from alignflow_core.checkpoint import rebuilt, save_network
 from alignflow_core.config import SegmenterNetwork, Task
+from alignflow_core.flow.train import Step
 from alignflow_core.masks import from_regions, regions
 from alignflow_core.networks.registry import ARCHITECTURES
 from alignflow_core.networks.transformer import read_layout
 from alignflow_core.pairs import to_unit
 from alignflow_core.registry import load
+from alignflow_core.seeding import normal
 
 Batch = tuple[np.ndarray, np.ndarray]
 
@@ -81,20 +83,20 @@ def jitter_colour(images: Tensor, rng: torch.Generator, strength: float) -> Tens
     unit = unit.clamp_min(1e-4) ** torch.exp2(draw(1, 1, 1) * strength * 2)
     mixing = torch.eye(3, device=images.device) + draw(3, 3) * strength * 0.5
     unit = torch.einsum("bij,bjhw->bihw", mixing, unit) * (1 + draw(3, 1, 1) * strength) + draw(3, 1, 1) * strength * 0.5
-    noise = torch.randn(images.shape, generator=rng).to(images) * (draw(1, 1, 1).abs() * strength * 0.1)
+    noise = normal(images.shape, rng, images.device) * (draw(1, 1, 1).abs() * strength * 0.1)
     return ((unit + noise).clamp(0, 1) * 2) - 1
 
 
 def training_step(model: nn.Module, task: Task, batch: Callable[[int], Batch], rng: Callable[[int], torch.Generator],
-                  device: torch.device, colour: float = 0.0) -> Callable[[int], dict[str, float]]:
+                  device: torch.device, colour: float = 0.0) -> Step:
     """A ``step(i)`` for ``flow.train.train``: batch i, augmented, forward and backward."""
-    def step(i: int) -> dict[str, float]:
+    def step(i: int) -> dict[str, Tensor]:
         images, masks = batch(i)
-        truth = torch.from_numpy(regions(masks, task)).float()
-        x, y = augment(to_unit(images), truth, rng(i), colour)
-        loss = segmentation_loss(model(x.to(device)).float(), y.to(device))
+        truth = torch.from_numpy(regions(masks, task)).to(device).float()
+        x, y = augment(to_unit(images).to(device), truth, rng(i), colour)
+        loss = segmentation_loss(model(x).float(), y)
         loss.backward()
-        return {"loss": loss.item()}
+        return {"loss": loss.detach()}
 
     return step
 

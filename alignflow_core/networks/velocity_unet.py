@@ -42,7 +42,7 @@ class VelocityUNet(nn.Module):
         if self.cond_channels:
             x_t = torch.cat([x_t, cond.to(x_t)], dim=1)
         velocity: Tensor = self.unet(x_t, timesteps=t * 1000, class_labels=torch.full(t.shape, domain, device=t.device))
-        return velocity
+        return velocity.to(t.dtype)  # sums along a path are of single precision
 
     @torch.no_grad()
     def adopt_target(self) -> None:

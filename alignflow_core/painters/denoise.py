@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from alignflow_core.config import ImageFlow
 from alignflow_core.painters.process import Process
+from alignflow_core.seeding import normal
 
 
 def loss(model: nn.Module, process: Process, x1: Tensor, cond: Tensor, settings: ImageFlow, draw: torch.Generator, done: float) -> Tensor:
@@ -15,7 +16,7 @@ def loss(model: nn.Module, process: Process, x1: Tensor, cond: Tensor, settings:
         draw: CPU generator; noise, times and dropout come from it in this order, as in ``flow/loss.py``.
         done: share of the training steps that are done, in [0, 1]; plays no part here.
     """
-    x0 = torch.randn(x1.shape, generator=draw).to(x1)
+    x0 = normal(x1.shape, draw, x1.device)
     t = process.times(len(x1), settings.times, draw).to(x1)
     keep = (torch.rand(len(x1), generator=draw) >= settings.condition_dropout).to(x1)
     x0 = process.coupled(x0, x1, settings.coupling)

@@ -10,6 +10,7 @@ from torch import Tensor
 from alignflow_core.config import ImageFlow
 from alignflow_core.painters.controlnet import DenseControlNetPainter
 from alignflow_core.painters.process import Process
+from alignflow_core.seeding import normal
 
 AUGMENT_FROM = 1 / 3  # share of the training after which the mask branch also learns on the image branch's clean estimates
 AUGMENT_LATEST = 0.8  # such estimates are used where little noise is left: step <= 200 of 1000
@@ -22,7 +23,7 @@ def loss(model: DenseControlNetPainter, process: Process, x1: Tensor, cond: Tens
     Arguments as in ``denoise.py``; sg is a stop-gradient: the image branch is not pulled down to the mask branch. Its mask residuals carry no
     gradient either. ``condition_dropout`` is not used.
     """
-    x0 = torch.randn(x1.shape, generator=draw).to(x1)
+    x0 = normal(x1.shape, draw, x1.device)
     t = process.times(len(x1), settings.times, draw).to(x1)
     x0 = process.coupled(x0, x1, settings.coupling)
     point = process.noised(x1, x0, t)
