@@ -52,7 +52,7 @@ def placed(model: nn.Module, machine: Machine, device: torch.device) -> nn.Modul
     """Move a network to its device, in channels-last layout; on a GPU with layers to its liking, and compiled if the profile says so."""
     model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if device.type == "cuda":
-        suit_gpu(model)
+        suit_gpu(model, machine.compile)
         if machine.compile:
             torch._dynamo.config.recompile_limit = RECOMPILATIONS
             torch._functorch.config.donated_buffer = False  # private alignment goes back through one graph several times

@@ -17,7 +17,7 @@ from alignflow_core.errors import InputError
 from alignflow_core.flow.muon import orthogonal
 from alignflow_core.flow.train import train
 from alignflow_core.networks import velocity_unet
-from alignflow_core.networks.on_gpu import Doubled, suit_gpu
+from alignflow_core.networks.on_gpu import Doubled, SamplingGroupNorm, suit_gpu
 from alignflow_core.seeding import generator, normal
 from alignflow_core.stages import STAGES
 from benchmarks import gpu
@@ -51,15 +51,19 @@ def test_doubling_is_nearest_neighbour_upsampling() -> None:
     assert torch.autograd.gradcheck(Doubled(), (x.detach()[:1, :1].requires_grad_(),))
 
 
-def test_a_network_suited_to_a_gpu_is_the_same_network() -> None:
-    plain = painter()
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_network_suited_to_a_gpu_is_the_same_network(compiled: bool, gradient: bool) -> None:
+    plain = painter().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     suited = copy.deepcopy(plain)
-    suit_gpu(suited)
+    suit_gpu(suited, compiled)
     assert sum(isinstance(each, Doubled) for each in suited.modules()) == len(NETWORK.channels) - 1
     assert not any(isinstance(each, nn.Upsample) for each in suited.modules())
     assert all(each.use_flash_attention for each in suited.modules() if hasattr(each, "use_flash_attention"))
     assert list(suited.state_dict()) == list(plain.state_dict())
-    assert torch.allclose(suited(*inputs()), plain(*inputs()), atol=1e-5)
+    assert any(isinstance(each, SamplingGroupNorm) for each in suited.modules()) is compiled
+    with torch.set_grad_enabled(gradient):
+        assert torch.allclose(suited(*inputs()), plain(*inputs()), atol=1e-5)
 
 
 def test_equal_shapes_step_together_as_they_do_alone() -> None:

@@ -1,5 +1,6 @@
 """Layers of a network in the form that a GPU wants: the same values and weights, and gradients that do not vary."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -17,7 +18,24 @@ class Doubled(nn.Module):
         return rows.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
 
 
-def suit_gpu(model: nn.Module) -> None:
+class SamplingGroupNorm(nn.GroupNorm):
+    """Group normalisation that, without gradient, returns [B, C, H, W] in the layout and precision that it was given; for compiled networks.
+
+    torch's own changes the layout, so that each convolution begins with a copy. With gradient it is torch's own: the gradient of these sums was
+    slower than those copies (docs/decisions/0017-one-gpu.md).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Statistics are of single precision."""
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        groups = x.unflatten(1, (self.num_groups, -1)).float()
+        variance, mean = torch.var_mean(groups, dim=(2, 3, 4), correction=0, keepdim=True)
+        normal = ((groups - mean) * torch.rsqrt(variance + self.eps)).flatten(1, 2)
+        return (normal * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def suit_gpu(model: nn.Module, compiled: bool) -> None:
     """Put such layers in place of torch's own, and fused attention in place of MONAI's; names and weights stay."""
     for parent in model.modules():
         if hasattr(parent, "use_flash_attention"):  # its matrices of all pairs of places take most of the memory at 32 px
@@ -25,3 +43,5 @@ def suit_gpu(model: nn.Module) -> None:
         for name, child in parent.named_children():
             if isinstance(child, nn.Upsample) and child.mode == "nearest" and child.size is None and child.scale_factor in (2.0, (2.0, 2.0)):
                 setattr(parent, name, Doubled())
+            elif compiled and type(child) is nn.GroupNorm and child.affine:
+                child.__class__ = SamplingGroupNorm
