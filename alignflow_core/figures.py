@@ -124,8 +124,8 @@ def gates(table: pd.DataFrame) -> str:
         return as_svg(figure)
 
 
-def ablation(rows: list[dict[str, Any]]) -> str:
-    """Difference in Dice to stage 1, with its interval, of a target and its variants."""
+def ablation(rows: list[dict[str, Any]], against: str) -> str:
+    """Difference in Dice to the arm ``against``, with its interval, of a target and its variants."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(9.6, 0.3 * len(rows) + 0.9))
         for y, row in enumerate(reversed(rows)):
@@ -134,7 +134,7 @@ def ablation(rows: list[dict[str, Any]]) -> str:
             axis.plot(row["difference"], y, "o", color=colour, ms=6.5, mec="white", mew=0.8)
         axis.axvline(0, color="#1f2328", lw=0.8)
         axis.set(yticks=range(len(rows)), yticklabels=[row["name"] for row in reversed(rows)], ylim=(-0.6, len(rows) - 0.4),
-                 xlabel="Dice minus stage1")
+                 xlabel=f"Dice minus {against}")
         axis.grid(axis="y", visible=False)
         figure.tight_layout()
         return as_svg(figure)

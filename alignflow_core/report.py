@@ -19,6 +19,7 @@ from alignflow_core.artifact import read_json
 from alignflow_core.config import COLOUR, Task, in_order
 from alignflow_core.full_strength import at_full_strength
 from alignflow_core.masks import regions
+from alignflow_core.metrics.comparison import beside_variants
 from alignflow_core.metrics.copying import LEAST_HELD_OUT
 from alignflow_core.pairs import Pairs, read_pairs
 from alignflow_core.runner import Context
@@ -165,28 +166,23 @@ def _reference_counts(folder: Path, references: Pairs) -> dict[str, Any]:
 
 def _ablations(targets: list[str], variants: list[str], config: SimpleNamespace, inputs: Mapping[str, Path],
                comparison: pd.DataFrame) -> list[dict[str, Any]]:
-    """Per target with variants: one row for it and for each of them, and a figure of their differences to stage 1."""
-    found = []
+    """Per target with variants: one row for it and for each of them, and a figure of their differences."""
+    dice, found = comparison[comparison["metric"] == "dice"], []
     for base in targets:
         names = [base, *(name for name in variants if config.targets[name].variant_of == base)]
-        if len(names) == 1:
+        against, rows = beside_variants(dice, names, OURS)
+        if len(names) == 1 or not rows:
             continue
-        bounds = comparison[(comparison["target"] == base) & (comparison["metric"] == "dice")].drop_duplicates("arm").set_index("arm")["mean"]
-        rows = []
-        for name in names:
-            dice = comparison.query("target == @name and metric == 'dice' and baseline == 'stage1'").set_index("arm")
+        means = dice[dice["target"] == base].drop_duplicates("arm").set_index("arm")["mean"]
+        low, high = means.get("source", np.nan), means.get("oracle", np.nan)
+        for row in rows:
+            name = row["name"]
             numbers, gates = read_json(inputs[f"evaluate:{name}"] / "metrics.json"), read_json(inputs[f"align:{name}"] / "metrics.json")
-            arm = next((a for a in OURS if a in dice.index), None)
-            if arm is None:
-                continue
-            row: dict[str, Any] = {str(column): value for column, value in dice.loc[arm].items()}
-            span = bounds.get("oracle", np.nan) - bounds.get("source", np.nan)
-            closed = (row["mean"] - bounds["source"]) / span if span > 0 else np.nan
-            rows.append({"name": name, "changed": _changed(config.targets[base], config.targets[name]), "arm": arm, **row,
-                         "gap": closed, "kid": numbers.get("kid_aligned", np.nan),
-                         "copies": read_json(inputs[f"privacy:{name}"] / "metrics.json").get("copy_flagged_kept_references", np.nan),
-                         **{ratio: gates.get(ratio, np.nan) for ratio in ("diversity_ratio", "agreement_ratio", "gate_failures")}})
-        found.append({"base": base, "rows": rows, "figure": figures.ablation(rows)})
+            row |= {"changed": _changed(config.targets[base], config.targets[name]), "kid": numbers.get("kid_aligned", np.nan),
+                    "gap": (row["mean"] - low) / (high - low) if high > low else np.nan,
+                    "copies": read_json(inputs[f"privacy:{name}"] / "metrics.json").get("copy_flagged_kept_references", np.nan),
+                    **{ratio: gates.get(ratio, np.nan) for ratio in ("diversity_ratio", "agreement_ratio", "gate_failures")}}
+        found.append({"base": base, "rows": rows, "against": against, "figure": figures.ablation(rows, str(against))})
     return found
 
 

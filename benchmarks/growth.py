@@ -275,7 +275,7 @@ CURVES = {
     "ingest, images": Curve(ingest, (100, 1000, 10_000), LINEAR, memory=True),
     "ingest, side of 20 images": Curve(lambda side, folder: ingest(20, folder, side), (512, 1024, 2048), SQUARE),
     "sampling, images": Curve(sampling, (100, 1000, 10_000), LINEAR),
-    "sampling, side of 4 images": Curve(lambda side, folder: sampling(4, folder, side, Network()), (32, 64, 128), SQUARE),
+    "sampling, side of 4 images": Curve(lambda side, folder: sampling(4, folder, side, Network()), (64, 128, 256), SQUARE),
     "evaluation, images": Curve(evaluation, (100, 1000, 10_000), LINEAR),
     "copy audit, images": Curve(copies, (30, 60, 120), LINEAR),
     "planning, targets": Curve(planning, (20, 80, 320), LINEAR),

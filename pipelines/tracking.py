@@ -225,24 +225,18 @@ def _figures(folder: Path, project: Project, stage: str) -> dict[str, str]:
     if stage != "compare":
         return {}
     from alignflow_core import figures
+    from alignflow_core.metrics.comparison import beside_variants
 
     table = pd.read_parquet(folder / "comparison.parquet").query("metric == 'dice'")
     table = table[table["segmenter"] == table["segmenter"].iloc[0]]  # as in the report
     bases = [name for name, target in project.targets.items() if target.variant_of is None]
-    ablations = {base: _ablation(table, project, base) for base in bases}
-    return {"dice": figures.forest(table.drop_duplicates(["target", "arm"]), bases, "Dice, mean over held-out test images"),
-            **{f"ablation-{base}": figures.ablation(rows) for base, rows in ablations.items() if len(rows) > 1}}
-
-
-def _ablation(table: "pd.DataFrame", project: Project, base: str) -> list[dict[str, Any]]:
-    """Difference to stage 1 of a target and of its variants, ``aligned+filtered`` where there is one."""
-    rows = []
-    for name in (base, *(name for name, target in project.targets.items() if target.variant_of == base)):
-        arms = table[(table["target"] == name) & (table["baseline"] == "stage1")].set_index("arm")
-        arm = next((each for each in ("aligned+filtered", "aligned") if each in arms.index), None)
-        if arm is not None:
-            rows.append({"name": name, **{str(column): value for column, value in arms.loc[arm].items()}})
-    return rows
+    drawn = {"dice": figures.forest(table.drop_duplicates(["target", "arm"]), bases, "Dice, mean over held-out test images")}
+    for base in bases:
+        variants = [name for name, target in project.targets.items() if target.variant_of == base]
+        against, rows = beside_variants(table, [base, *variants], ("aligned+filtered", "aligned"))
+        if len(rows) > 1:
+            drawn[f"ablation-{base}"] = figures.ablation(rows, str(against))
+    return drawn
 
 
 def _log_arms(store: "MlflowClient", experiment: str, parent: str, root: Path, project: Project, provenance: Mapping[str, Any]) -> None:

@@ -407,6 +407,9 @@ def test_ablations_say_what_was_changed_and_by_how_much(project: Path, compared:
     assert first["changed"] == "as set up" and second["changed"] == "references.count 10 → 5, align.reward frechet → skl"
     assert first["mean"] - second["mean"] == pytest.approx(0.1)
     assert report._ablations(["amber"], [], SimpleNamespace(targets=targets), inputs, comparison) == []
+    for left, against in (("baseline != 'stage1'", "source"), ("baseline not in ('stage1', 'source')", None)):  # arms that nobody asked for
+        found = report._ablations(["amber"], ["amber-skl"], SimpleNamespace(targets=targets), inputs, pd.concat([comparison, lower]).query(left))
+        assert [each["against"] for each in found] == ([against] if against else [])
 
 
 def test_report_where_no_aligned_arm_was_asked_for(project: Path, compared: Path, monkeypatch: pytest.MonkeyPatch):

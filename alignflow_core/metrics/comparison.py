@@ -1,6 +1,8 @@
 """Arms side by side: means with intervals, paired differences, tests, share of the gap closed; units are patients, sequences or images."""
 
 import hashlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -79,6 +81,29 @@ def gap_closed(table: pd.DataFrame) -> pd.DataFrame:
         gap = better["oracle"] - better["source"]
         rows += [(target, segmenter, arm, metric, (value - better["source"]) / gap if gap > 0 else np.nan) for arm, value in better.items()]
     return pd.DataFrame(rows, columns=["target", "segmenter", "arm", "metric", "gap_closed"])
+
+
+def beside_variants(table: pd.DataFrame, names: Sequence[str], arms: Sequence[str]) -> tuple[str | None, list[dict[str, Any]]]:
+    """A target beside its variants, each by the first of ``arms`` that it has.
+
+    Args:
+        table: what :func:`compare` found of one metric and one segmenter.
+        names: the target, then its variants.
+        arms: in the order in which they are looked for.
+
+    Returns:
+        The arm that all are compared with, ``stage1`` or, where no segmenter was trained on stage 1, ``source`` (``None`` without either),
+        and the rows of those that have one.
+    """
+    found = set(table.loc[table["target"] == names[0], "baseline"])
+    against = next((arm for arm in ("stage1", "source") if arm in found), None)
+    rows = []
+    for name in names:
+        own = table[(table["target"] == name) & (table["baseline"] == against)].set_index("arm")
+        arm = next((each for each in arms if each in own.index), None)
+        if arm is not None:
+            rows.append({"name": name, "arm": arm, **{str(column): value for column, value in own.loc[arm].items()}})
+    return against, rows
 
 
 def _distinct(table: pd.DataFrame, *columns: str) -> list[tuple[str, ...]]:
