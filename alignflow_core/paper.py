@@ -83,12 +83,12 @@ def write(roots: Sequence[Path], out: Path) -> Path:
     runs = open_runs(roots)
     out.mkdir(parents=True, exist_ok=True)
     tables = {"downstream": downstream(runs), "images": image_distances(runs), "paired": likeness(runs), "references": reference_counts(runs),
-              "terms": terms(runs)}
+              "terms": terms(runs), "stage-two": alignment_terms(runs)}
     for name, table in tables.items():
         table.to_csv(out / f"{name}.csv", index=False, float_format="%.6g")
     shown = {name: table for name, table in {"downstream": downstream_page(tables["downstream"]), "images": wide(tables["images"]),
                                              "paired": wide(tables["paired"]), "references": counts_page(tables["references"]),
-                                             "terms": tables["terms"]}.items() if len(table)}
+                                             "terms": tables["terms"], "stage-two": tables["stage-two"]}.items() if len(table)}
     for name, table in shown.items():
         (out / f"{name}.tex").write_text(table.to_latex(index=False, escape=True), encoding="utf-8")
     pictures = {f"t-SNE {target}": figures.feature_map(features(runs, target)) for target in runs.targets}
@@ -180,7 +180,10 @@ def _cell(row: dict[Any, Any]) -> str:
 
 
 def image_distances(runs: Runs) -> pd.DataFrame:
-    """One row per target, method and measure between sets: value, interval, n, and what real scores against real."""
+    """One row per target, method and measure between sets: value, interval, n, and what real scores against real.
+
+    Of several runs the means: an interval so made is at least as wide as that of the mean value.
+    """
     tables = [methods(runs, target, "distances.parquet", "set", {"aligned": ""}) for target in runs.targets]
     keys = ["target", "set", "metric"]
     return pd.concat(tables, ignore_index=True).groupby(keys, sort=False)[["value", "ci_low", "ci_high", "n", "floor"]].mean().reset_index()
@@ -200,11 +203,21 @@ def likeness(runs: Runs) -> pd.DataFrame:
 
 
 def wide(table: pd.DataFrame) -> pd.DataFrame:
-    """Methods by row, measures by column, with intervals."""
+    """Methods by row, n and the measures by column, with intervals; below a target's methods its floors, where a table has them."""
+    table = pd.concat([table, _floors(table)], ignore_index=True) if "floor" in table else table
     cells = table.assign(cell=[f"{r['value']:.3g} [{r['ci_low']:.3g}, {r['ci_high']:.3g}]" if pd.notna(r["ci_low"]) else f"{r['value']:.3g}"
                                for r in table.to_dict("records")])
     page = cells.pivot_table(index=["target", "set"], columns="metric", values="cell", aggfunc="first", sort=False)
-    return page.reset_index().rename(columns={"set": "method"}).rename_axis(columns=None)
+    n = table.groupby(["target", "set"], sort=False)["n"].first().loc[page.index]
+    page.insert(0, "n", ["–" if pd.isna(each) else f"{each:.0f}" for each in n])
+    page = page.reset_index().rename(columns={"set": "method"}).rename_axis(columns=None)
+    return page.sort_values("target", key=lambda names: names.map({name: i for i, name in enumerate(dict.fromkeys(names))}), kind="stable")
+
+
+def _floors(table: pd.DataFrame) -> pd.DataFrame:
+    """What halves of a target's real test images score against each other, as a method of its own."""
+    found = table.groupby(["target", "metric"], sort=False)["floor"].first().rename("value").reset_index()
+    return found.assign(set="real against real", ci_low=np.nan, ci_high=np.nan, n=np.nan)
 
 
 def reference_counts(runs: Runs) -> pd.DataFrame:
@@ -276,6 +289,22 @@ def terms(runs: Runs) -> pd.DataFrame:
                                         "images seen, base included", "network calls an image", "hours, base included"])
     steps = runs.project.segment.training.steps
     return table.assign(**{"steps of each segmenter": steps}).astype(dict.fromkeys(table.columns[3:8], "int64"))
+
+
+def alignment_terms(runs: Runs) -> pd.DataFrame:
+    """What stage 2 of each target and of its rivals was: reward, gradient, data, steps, hours."""
+    root, rows = runs.roots[0], []
+    for target in runs.targets:
+        for method, name in {OURS: target, **runs.rivals[target]}.items():
+            settings = runs.project.targets[name].align
+            steps = int(read_json(root / artifact_dir("align", name) / "metrics.json")["steps"])
+            rows.append((target, method, runs.project.targets[name].painter or "stage1", settings.reward if settings.rho else "none",
+                         f"{settings.gradient}, {settings.k} of {settings.n_steps}" if settings.rho else "none", settings.denoise,
+                         "all" if settings.adapter == "all" else f"{settings.adapter} of rank {settings.lora_rank}", settings.regions,
+                         settings.rounds if settings.regions == "pseudo" else 1, settings.rewardless_steps, settings.rewarded_steps, steps,
+                         _hours(root, "align", name)))
+    return pd.DataFrame(rows, columns=["target", "method", "painter", "reward", "gradient", "denoising loss on", "weights", "regions", "rounds",
+                                       "steps before the reward", "steps after that", "steps done", "hours"])
 
 
 def _hours(root: Path, stage: str, key: str | None) -> float:

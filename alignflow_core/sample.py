@@ -201,7 +201,8 @@ def _between(base_dir: Path, model: torch.nn.Module, strengths: Sequence[float])
 @torch.no_grad()
 def _solve(model: VelocityModel, noise: Tensor, cond: Tensor, settings: Sample, begin: float = 0.0) -> Tensor:
     times = begin + (1 - begin) * time_grid(_steps(settings, begin))
-    return SOLVERS[settings.solver](guided(model, settings.guidance_scale), noise, cond, times)
+    scale = settings.guidance_scale if cond.shape[1] else 1.0  # an empty condition cannot be guided by
+    return SOLVERS[settings.solver](guided(model, scale), noise, cond, times)
 
 
 def _draw_masks(config: Any, checkpoint_dir: Path, real: np.ndarray, wanted: int, context: Any) -> tuple[np.ndarray, list[int], int]:

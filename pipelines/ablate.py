@@ -18,6 +18,7 @@ from alignflow_core.validation import nearest
 from pipelines.compose import CONF_DIR, GROUPS, as_plain, merged, options, rewrite_params
 
 TARGET_GROUPS = ("reward", "encoder")
+DRAWN = ("references.count", "references.seed")  # sets of references drawn from the domain, so that all are alike but for this
 # A variant needs no rivals of its own: those of its base see the same images.
 ARMS = ["aligned", "aligned+filtered"]
 
@@ -83,8 +84,8 @@ def _axis(text: str) -> Axis:
         for part in path:
             place[part] = place = {}
         place[last] = yaml.safe_load(value)
-        if key == "references.count":
-            change["references"] |= {"dir": None, "file": None}  # drawn from the domain, so that the sets of all sizes are alike
+        if key in DRAWN:
+            change["references"] |= {"dir": None, "file": None}
         word = f"{last}-{value}" if value[:1].isalpha() else f"{last}{value}"
         found.append((re.sub(r"[^A-Za-z0-9_-]+", "_", word), change))
     return found

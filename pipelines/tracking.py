@@ -206,12 +206,22 @@ def _log_files(store: "MlflowClient", run_id: str, root: Path, project: Project,
     for name in TABLES.get(stage, ()):
         if (folder / f"{name}.parquet").exists():
             store.log_table(run_id, pd.read_parquet(folder / f"{name}.parquet"), f"{name}.json")
+    if (folder / "verdict.json").exists():
+        verdict = read_json(folder / "verdict.json")
+        store.log_dict(run_id, verdict, "verdict.json")
+        store.set_tag(run_id, "verdict", "; ".join(_told(each) for each in verdict["rounds"]))
     for name, uri in _figures(folder, project, stage).items():
         store.log_text(run_id, base64.b64decode(uri.partition(",")[2]).decode(), f"figures/{name}.svg")
     page = folder / "index.html"
     if stage == "report" and page.exists():
         store.set_tag(run_id, "report", page.relative_to(root).as_posix())
         store.set_tag(run_id, "report_sha256", file_hash(page))
+
+
+def _told(verdict: Mapping[str, Any]) -> str:
+    """Why a round of stage 2 ended, which weights were kept and what the gates refused after them."""
+    refused = f", refused later: {'; '.join(verdict['refused'])}" if verdict["refused"] else ""
+    return f"round {verdict['round'] + 1}: {verdict['ended_because']} (step {verdict['ended_at']}); kept step {verdict['best_step']}{refused}"
 
 
 def _figures(folder: Path, project: Project, stage: str) -> dict[str, str]:

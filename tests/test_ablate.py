@@ -27,6 +27,10 @@ def test_variants_differ_in_one_axis_and_share_the_rest(root: Path) -> None:
     skl, few = after.targets["amber-skl"], after.targets["amber-count1"]
     assert (skl.align.reward, skl.align.rho, skl.arms, skl.variant_of) == ("skl", before.targets["amber"].align.rho, tuple(ARMS), "amber")
     assert (few.references.count, few.references.dir) == (1, None) and few.align == before.targets["amber"].align
+    assert write_variants(root, ["amber"], ["references.seed=1,2"]) == ["amber-seed1", "amber-seed2"]
+    drawn = load_project(root / "params.yaml").targets["amber-seed2"].references
+    assert (drawn.seed, drawn.dir, drawn.count) == (2, None, before.targets["amber"].references.count), "other images, not another order of the same"
+    after = load_project(root / "params.yaml")
     assert after.targets["amber-rho0_1"].align.rho == 0.1 and after.targets["amber-hold-false"].align.gates.hold is False
     assert write_variants(root, ["amber"], ["reward=skl"]) == [], "what is there already stays"
     assert load_project(root / "params.yaml") == after

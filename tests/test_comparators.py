@@ -1,5 +1,6 @@
 """Comparators: a fact of each one's source, equal terms, and all of them through the pipeline."""
 
+import dataclasses
 import math
 import shutil
 import sys
@@ -158,6 +159,18 @@ def test_siamese_image_branch_gets_the_masks_residuals_without_gradient_and_the_
     assert not torch.allclose(late[0], late[1])
     gradients = torch.autograd.grad(early[1].sum(), [*painter.control.parameters()], allow_unused=True)
     assert all(g is None or not g.any() for g in gradients), "with weight 0 nothing but the mask's residuals is left, and they carry no gradient"
+
+
+def test_siamese_without_its_condition_is_trained_as_guidance_asks() -> None:
+    _, painter = on_a_base("dense_controlnet")
+    for parameter in painter.control.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1, generator=draw(1))
+    x1, _, cond = batch()
+    always, never = (dataclasses.replace(ImageFlow(), condition_dropout=dropout) for dropout in (1.0, 0.0))
+    dropped, told, empty = (siamese.loss(painter, Diffusion(), x1, c, settings, draw(7), done=0.0)
+                            for c, settings in ((cond, always), (cond, never), (torch.zeros_like(cond), never)))
+    assert torch.equal(dropped, empty) and not torch.equal(told, empty)
 
 
 def test_siamese_learns_on_clean_estimates_after_a_third() -> None:

@@ -170,8 +170,8 @@ def test_from_a_time_on_the_solver_goes_the_rest_of_the_way() -> None:
         calls.append(float(t[0]))
         return torch.ones_like(x_t)
 
-    painted = sample._solve(velocity, x, x[:, :0], dataclasses.replace(CONFIG.sample, n_steps=8), 0.5)
-    assert torch.allclose(painted, torch.full_like(x, 0.5)) and calls == [0.5, 0.625, 0.75, 0.875]
+    painted = sample._solve(velocity, x, x[:, :0], dataclasses.replace(CONFIG.sample, n_steps=8, guidance_scale=2.0), 0.5)
+    assert torch.allclose(painted, torch.full_like(x, 0.5)) and calls == [0.5, 0.625, 0.75, 0.875], "once: nothing to be guided by"
 
 
 def test_alignment_moves_the_samples_towards_the_references(built: dict[str, Path]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from alignflow_core import paper
 from alignflow_core.config import Align, Evaluate, Training
-from alignflow_core.paper import MEAN, MEAN_SEGMENTER, downstream, downstream_page, mean_of_targets
+from alignflow_core.paper import MEAN, MEAN_SEGMENTER, downstream, downstream_page, mean_of_targets, wide
 from pipelines.cli import main
 from pipelines.paper import RIVALS, with_rivals
 
@@ -60,6 +60,17 @@ def test_stars_say_whether_the_interval_excludes_0() -> None:
     assert sure == "0.500 [0.400, 0.600] -0.100*" and unsure == "0.500 [0.400, 0.600] -0.100"
 
 
+def test_measures_stand_beside_their_n_and_their_floor() -> None:
+    table = pd.DataFrame([(target, method, metric, 0.5, 0.4, 0.6, n, floor) for target in "ba" for method, n in (("source", 30), ("aligned", 20))
+                          for metric, floor in (("kid", 0.01), ("fid", 5.0))],
+                         columns=["target", "set", "metric", "value", "ci_low", "ci_high", "n", "floor"])
+    page = wide(table)
+    assert page.to_numpy().tolist() == [
+        [target, *row] for target in "ba" for row in (["source", "30", *["0.5 [0.4, 0.6]"] * 2], ["aligned", "20", *["0.5 [0.4, 0.6]"] * 2],
+                                                      ["real against real", "–", "0.01", "5"])]
+    assert wide(table.drop(columns="floor"))["method"].tolist() == ["source", "aligned"] * 2
+
+
 def test_rivals_are_variants_and_counts_belong_to_the_first_target() -> None:
     target = {"domain": "x", "references": {"count": 10, "dir": "refs"},
               "align": {"reward": "frechet", "recolour": True, "recolour_steps": 100, "rho": 0.3, "training": {"steps": 40}}}
@@ -105,4 +116,6 @@ def test_paper_on_the_phantom(tmp_path: Path) -> None:
     assert set(pd.read_csv(out / "paper/references.csv")["n_references"]) == {2, 10}
     page = (out / "paper/index.html").read_text(encoding="utf-8")
     assert not re.search(r"<td>\s*(nan|NaN)?\s*</td>", page), "no empty cell"
-    assert page.count("data:image/svg") == 4 and len(list((out / "paper").glob("*.tex"))) == 5
+    assert page.count("data:image/svg") == 4 and len(list((out / "paper").glob("*.tex"))) == 6
+    alignments = pd.read_csv(out / "paper/stage-two.csv")
+    assert set(alignments["method"]) == {"aligned+filtered", *RIVALS} and (alignments["steps done"] > 0).all()

@@ -49,6 +49,18 @@ def problem() -> tuple[TinyVelocity, torch.Tensor, torch.Tensor, torch.Tensor]:
     return TinyVelocity(), x0, cond, time_grid(6).double()
 
 
+def test_last_k_is_back_propagation_through_the_last_k_steps(problem) -> None:
+    """AlignProp (arXiv 2310.03739): what was sampled before them is a constant."""
+    model, x0, cond, times = problem
+    with torch.no_grad():
+        begun = euler(model, x0, cond, times[:5])
+    (-2.0 * reward(euler(model, begun, cond, times[4:]))).backward()
+    expected = grads(model)
+    model.zero_grad()
+    last_k(model, x0, cond, times, reward, 2, generator(0), 2.0)
+    assert torch.allclose(grads(model), expected)
+
+
 @pytest.mark.parametrize(("scheme", "k"), [(last_k, 6), (full, 1)])
 def test_exact_schemes_are_back_propagation_through_the_solver(problem, scheme, k: int) -> None:
     model, x0, cond, times = problem

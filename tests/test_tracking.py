@@ -183,9 +183,14 @@ def test_what_a_run_holds(tracked: Path) -> None:
     assert runs["report"].data.tags["report"] == "artifacts/report/index.html"
 
 
+def test_why_stage_two_ended_is_a_tag(tracked: Path) -> None:
+    for found in runs_of(tracked, "tags.stage = 'align'"):
+        assert found.data.tags["verdict"] == "round 1: all steps are done (step 2); kept step 2, refused later: copy ratio 0.80 < 0.9"
+
+
 def test_no_image_goes_in(tracked: Path) -> None:
     files = {file.name: file for file in (tracked / "mlruns").rglob("*") if file.is_file()}  # with those of copies of the project, which record here
-    assert set(files) - {"ablation-dim.svg"} == {"comparison.json", "source_test.json", "dice.svg", "gates.json", "gates.svg"}
+    assert set(files) - {"ablation-dim.svg"} == {"comparison.json", "source_test.json", "dice.svg", "gates.json", "gates.svg", "verdict.json"}
     assert all("<image" not in file.read_text() for name, file in files.items() if name.endswith(".svg"))
 
 

@@ -30,6 +30,8 @@ def __getattr__(name):
 '''
 
 TOY = '''
+import json
+
 import numpy as np
 import pandas as pd
 
@@ -66,6 +68,8 @@ def build(config, inputs, out_dir, context):
                               "best": [False, True]})
         ratios = {f"{name}_ratio": [1.0, 0.9] for name in ("diversity", "velocity", "agreement", "copy")}
         looks.assign(**ratios).to_parquet(out_dir / "gates.parquet", index=False)
+        rounds = [{"round": 0, "ended_at": 2, "best_step": 2, "ended_because": "all steps are done", "refused": ["copy ratio 0.80 < 0.9"]}]
+        (out_dir / "verdict.json").write_text(json.dumps({"rounds": rounds}))
         return {"diversity_ratio": 0.9, "agreement_ratio": 1.0}
     if stage == "filter":
         pd.DataFrame({"pair_id": ["p", "q"], "kept": True, "reason": "", "agreement": [0.8, 0.9]}).to_parquet(out_dir / "manifest.parquet")

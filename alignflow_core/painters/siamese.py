@@ -21,10 +21,12 @@ def loss(model: DenseControlNetPainter, process: Process, x1: Tensor, cond: Tens
     """``|e_m - e|^2 + |e_i - e|^2 + |e_m - sg(e_i)|^2``, and after a third of the training ``|e_m(x1 estimated by i) - e|^2``.
 
     Arguments as in ``denoise.py``; sg is a stop-gradient: the image branch is not pulled down to the mask branch. Its mask residuals carry no
-    gradient either. ``condition_dropout`` is not used.
+    gradient either. An empty condition is empty for both branches.
     """
     x0 = normal(x1.shape, draw, x1.device)
     t = process.times(len(x1), settings.times, draw).to(x1)
+    keep = (torch.rand(len(x1), generator=draw) >= settings.condition_dropout).to(x1)
+    cond = cond * keep.view(-1, 1, 1, 1)
     x0 = process.coupled(x0, x1, settings.coupling)
     point = process.noised(x1, x0, t)
     by_mask, by_image = branches(model, point.x_t, t, x1, cond, done)
