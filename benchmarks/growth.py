@@ -2,6 +2,7 @@
 
     python -m benchmarks --only growth
     python -m benchmarks.growth "ingest, images" 1000      # one measurement: CPU seconds and peak memory of a process of its own
+    python -m benchmarks.growth "stage 2, steps"           # one curve, as a line of JSON
 
 Costs are CPU seconds on one thread, the least of three measurements (other work on the machine only adds): an exponent over two decades moves by
 .04 with 5 % of one cost. Peaks of memory are the largest of the three. The exponents are those of ``fit.exponent``, the constant part (start,
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,24 @@ class Curve:
 
 
 def rows() -> Iterator[Row | Skipped]:
-    for name, curve in CURVES.items():
-        found = [[apart(name, size) for size in curve.sizes] for _ in range(REPEATS)]
-        seconds = [min(each["cpu"] for each in costs) for costs in zip(*found, strict=True)]
-        megabytes = [max(each["megabytes"] for each in costs) for costs in zip(*found, strict=True)]
-        for size, cpu, peak in zip(curve.sizes, seconds, megabytes, strict=True):
-            print(f"  {name} {size}: {cpu:.2f} CPU s, peak {peak:.0f} MB", file=sys.stderr, flush=True)
-        yield compare(f"{name}, {curve.sizes[0]} to {curve.sizes[-1]}: exponent", [exponent(curve.sizes, seconds)], 1.0, "", curve.bar)
-        if curve.memory:
-            yield compare(f"{name}: peak memory at {curve.sizes[-1]}, against {curve.sizes[-2]}", [megabytes[-1]], megabytes[-2], "MB", CONSTANT)
+    for name in CURVES:
+        yield from curve_rows(name)
+
+
+def curve_rows(name: str) -> Iterator[Row]:
+    """The exponent of one curve, with its points, and what its memory does."""
+    curve = CURVES[name]
+    found = [[apart(name, size) for size in curve.sizes] for _ in range(REPEATS)]
+    seconds = [min(each["cpu"] for each in costs) for costs in zip(*found, strict=True)]
+    megabytes = [max(each["megabytes"] for each in costs) for costs in zip(*found, strict=True)]
+    for size, cpu, peak in zip(curve.sizes, seconds, megabytes, strict=True):
+        print(f"  {name} {size}: {cpu:.2f} CPU s, peak {peak:.0f} MB", file=sys.stderr, flush=True)
+    points = tuple({"size": size, "cpu_seconds": round(cpu, 3), "peak_megabytes": round(peak, 1)}
+                   for size, cpu, peak in zip(curve.sizes, seconds, megabytes, strict=True))
+    row = compare(f"{name}, {curve.sizes[0]} to {curve.sizes[-1]}: exponent", [exponent(curve.sizes, seconds)], 1.0, "", curve.bar)
+    yield replace(row, points=points)
+    if curve.memory:
+        yield compare(f"{name}: peak memory at {curve.sizes[-1]}, against {curve.sizes[-2]}", [megabytes[-1]], megabytes[-2], "MB", CONSTANT)
 
 
 def apart(name: str, size: int) -> dict[str, float]:
@@ -286,4 +296,7 @@ CURVES = {
 }
 
 if __name__ == "__main__":
-    print(json.dumps(measured(sys.argv[1], int(sys.argv[2]))))
+    if len(sys.argv) == 2:
+        print(json.dumps([row.record() for row in curve_rows(sys.argv[1])]))
+    else:
+        print(json.dumps(measured(sys.argv[1], int(sys.argv[2]))))

@@ -29,7 +29,7 @@ def rows() -> Iterator[Row | Skipped]:
             yield Skipped(name, why)
             continue
         ours, theirs = build()
-        np.testing.assert_allclose(ours(), theirs(), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(ours(), theirs(), rtol=1e-4, atol=1e-6)
         yield compare(name, *in_turn(REPEATS, ours, theirs), "s", round(bar, 4))
 
 

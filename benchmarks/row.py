@@ -25,10 +25,11 @@ class Row:
     n: int
     spread: tuple[float, float]
     at_least: bool = False  # the ratio shall reach the bar instead of staying below it
+    points: tuple[dict[str, float], ...] = ()  # of a curve: what was measured at each size
 
     def record(self) -> dict[str, Any]:
         """What a result file holds."""
-        return {key: value for key, value in asdict(self).items() if key != "at_least"}
+        return {key: value for key, value in asdict(self).items() if key != "at_least" and (key != "points" or value)}
 
 
 @dataclass(frozen=True)

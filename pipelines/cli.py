@@ -122,7 +122,9 @@ def parser() -> argparse.ArgumentParser:
 
     sub = add("ablate", ablate, "add variants of targets to params.yaml; what they share is built once")
     sub.add_argument("axes", nargs="+", metavar="KEY=VALUE,VALUE",
-                     help="reward=frechet,skl, encoder=statconv,flow, references.count=1,5,10, align.rho=0.1,1 or any other key of a target")
+                     help="reward=frechet,skl, encoder=statconv,flow, references.count=1,5,10, references.seed=1,2 (other images), "
+                          "synthetic_share=0.25,0.5, align.gradient=sparse,last_k, align.regions=none,pseudo, align.gates.hold=false or any other "
+                          "key of a target")
     sub.add_argument("--target", action="append", default=[], help="target to vary; may be given several times (default: all that are no variants)")
     sub.add_argument("--grid", action="store_true", help="every combination of the axes instead of one axis at a time")
     sub.add_argument("--run", action="store_true", help="then build everything, as 'alignflow run' does")

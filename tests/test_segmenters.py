@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,6 +35,14 @@ def of(name: str, network: SegmenterNetwork = SMALL) -> SegmenterNetwork:
 
 def count(network: SegmenterNetwork) -> int:
     return sum(each.numel() for each in build_segmenter(2, network, 0).parameters())
+
+
+def test_the_documented_example_runs() -> None:
+    """docs/extending.md: a segmenter of one's own."""
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "extending.md").read_text(), re.DOTALL)
+    space: dict[str, Any] = {}
+    exec(next(block for block in blocks if "SegmenterNetwork" in block), space)  # noqa: S102 (our own documentation)
+    assert space["build"](2, SMALL)(torch.zeros(3, 3, 8, 8)).shape == (3, 2, 8, 8)
 
 
 def discs(n: int, seed: int, size: int = 32) -> Pairs:
