@@ -290,7 +290,7 @@ CURVES = {
     "copy audit, images": Curve(copies, (30, 60, 120), LINEAR),
     "planning, targets": Curve(planning, (20, 80, 320), LINEAR),
     "manifest, rows": Curve(manifest, (1000, 10_000, 100_000, 1_000_000), LINEAR),
-    "stage 2, steps": Curve(lambda n, folder: reward_step(n, 2), (8, 16, 32, 64), LINEAR),
+    "stage 2, steps": Curve(lambda n, folder: reward_step(n, 2), (8, 32, 128), LINEAR),
     "stage 2, K of 64 steps": Curve(lambda k, folder: reward_step(64, k), (4, 16, 64), LINEAR),
     "references, images": Curve(references, (20, 200, 2000), LINEAR),
 }
