@@ -204,14 +204,14 @@ def likeness(runs: Runs) -> pd.DataFrame:
 
 def wide(table: pd.DataFrame) -> pd.DataFrame:
     """Methods by row, n and the measures by column, with intervals; below a target's methods its floors, where a table has them."""
-    table = pd.concat([table, _floors(table)], ignore_index=True) if "floor" in table else table
+    if "floor" in table:
+        table = pd.concat([each for _, part in table.groupby("target", sort=False) for each in (part, _floors(part))], ignore_index=True)
     cells = table.assign(cell=[f"{r['value']:.3g} [{r['ci_low']:.3g}, {r['ci_high']:.3g}]" if pd.notna(r["ci_low"]) else f"{r['value']:.3g}"
                                for r in table.to_dict("records")])
     page = cells.pivot_table(index=["target", "set"], columns="metric", values="cell", aggfunc="first", sort=False)
     n = table.groupby(["target", "set"], sort=False)["n"].first().loc[page.index]
     page.insert(0, "n", ["–" if pd.isna(each) else f"{each:.0f}" for each in n])
-    page = page.reset_index().rename(columns={"set": "method"}).rename_axis(columns=None)
-    return page.sort_values("target", key=lambda names: names.map({name: i for i, name in enumerate(dict.fromkeys(names))}), kind="stable")
+    return page.reset_index().rename(columns={"set": "method"}).rename_axis(columns=None)
 
 
 def _floors(table: pd.DataFrame) -> pd.DataFrame:

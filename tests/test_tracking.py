@@ -184,7 +184,9 @@ def test_what_a_run_holds(tracked: Path) -> None:
 
 
 def test_why_stage_two_ended_is_a_tag(tracked: Path) -> None:
-    for found in runs_of(tracked, "tags.stage = 'align'"):
+    aligned = runs_of(tracked, "tags.stage = 'align'")
+    assert aligned
+    for found in aligned:
         assert found.data.tags["verdict"] == "round 1: all steps are done (step 2); kept step 2, refused later: copy ratio 0.80 < 0.9"
 
 
