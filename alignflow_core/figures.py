@@ -3,6 +3,7 @@
 import base64
 import io
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
@@ -11,6 +12,7 @@ import pandas as pd
 from PIL import Image
 from scipy.ndimage import binary_dilation, binary_erosion
 
+from alignflow_core.ablations import Axis
 from alignflow_core.config import COLOUR, Task, in_order
 from alignflow_core.masks import regions
 
@@ -33,6 +35,7 @@ SETS = {  # colour, marker, size, opacity
 CLASS_COLOURS = ("#ffffff", "#00e0ff", "#ff6ad5", "#ffd400", "#7cff6b")
 FILL = ("#eef2f7", "#93b4d8", "#1d4f8f", "#5b2a86", "#0b6e4f", "#8a5a00")
 TILE, GAP, LEAST_COLUMNS = 150, 6, 5
+WIDE = 8.0  # last over first value of a curve from which it is drawn over their logarithms
 STYLE: Any = {
     "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelcolor": "#3b4350",
     "axes.edgecolor": "#b9c0ca", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e7eaef",
@@ -124,12 +127,15 @@ def gates(table: pd.DataFrame) -> str:
         return as_svg(figure)
 
 
-def ablation(rows: list[dict[str, Any]], against: str) -> str:
-    """Difference in Dice to the arm ``against``, with its interval, of a target and its variants."""
+def ablation(varied: Axis, base: str, against: str) -> str:
+    """Difference in Dice to the arm ``against``, with its interval, of a target and its variants: a curve over numbers, else a row for each."""
     with plt.rc_context(STYLE):
+        if varied.values is not None:
+            return _ablation_curve(varied, varied.values, base, against)
+        rows = varied.rows
         figure, axis = plt.subplots(figsize=(9.6, 0.3 * len(rows) + 0.9))
         for y, row in enumerate(reversed(rows)):
-            colour = ARM_COLOURS["aligned+filtered"] if row is rows[0] else ARM_COLOURS["aligned"]
+            colour = _of_variant(row, base)
             axis.plot([row["diff_ci_low"], row["diff_ci_high"]], [y, y], color=colour, lw=2.6, solid_capstyle="round")
             axis.plot(row["difference"], y, "o", color=colour, ms=6.5, mec="white", mew=0.8)
         axis.axvline(0, color="#1f2328", lw=0.8)
@@ -138,6 +144,27 @@ def ablation(rows: list[dict[str, Any]], against: str) -> str:
         axis.grid(axis="y", visible=False)
         figure.tight_layout()
         return as_svg(figure)
+
+
+def _ablation_curve(varied: Axis, values: list[float], base: str, against: str) -> str:
+    figure, axis = plt.subplots(figsize=(5.6, 3.2))
+    axis.plot(values, [row["difference"] for row in varied.rows], color=ARM_COLOURS["aligned"], lw=1.2)
+    for value, row in zip(values, varied.rows, strict=True):
+        colour = _of_variant(row, base)
+        axis.plot([value, value], [row["diff_ci_low"], row["diff_ci_high"]], color=colour, lw=2.6, solid_capstyle="round")
+        axis.plot(value, row["difference"], "o", color=colour, ms=6.5, mec="white", mew=0.8)
+    axis.axhline(0, color="#1f2328", lw=0.8)
+    if values[0] > 0 and values[-1] >= WIDE * values[0]:
+        axis.set_xscale("log")
+        axis.minorticks_off()
+    axis.set(xticks=values, xticklabels=[f"{value:g}" for value in values], xlabel=varied.name, ylabel=f"Dice minus {against}")
+    figure.tight_layout()
+    return as_svg(figure)
+
+
+def _of_variant(row: Mapping[str, Any], base: str) -> str:
+    """A darker colour for the target as set up."""
+    return ARM_COLOURS["aligned+filtered" if row["name"] == base else "aligned"]
 
 
 def appearance(table: pd.DataFrame) -> str:

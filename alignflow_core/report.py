@@ -4,8 +4,7 @@ The main tables are about the first segmenter architecture; where there are more
 The page's words and layout are ``report_template.html``; its figures are ``figures.py``.
 """
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +14,11 @@ import numpy as np
 import pandas as pd
 
 from alignflow_core import figures
+from alignflow_core.ablations import by_axis
 from alignflow_core.artifact import read_json
 from alignflow_core.config import COLOUR, Task, in_order
 from alignflow_core.full_strength import at_full_strength
 from alignflow_core.masks import regions
-from alignflow_core.metrics.comparison import beside_variants
 from alignflow_core.metrics.copying import LEAST_HELD_OUT
 from alignflow_core.pairs import Pairs, read_pairs
 from alignflow_core.runner import Context
@@ -74,7 +73,7 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
         at_home={name: _by_arm(at_home[at_home["target"] == name]) for name in targets}, harm=_harm(at_home, targets),
         segmenters=segmenters, by_segmenter=_by_segmenter(compared, targets),
         classes=_per_class(per_class, targets, metrics) if len(config.task.classes) > 1 else [],
-        ablations=_ablations(targets, variants, config, inputs, comparison), losses=_losses(inputs, targets),
+        ablations=_ablations(targets, config, inputs, comparison), losses=_losses(inputs, targets),
         lineage=lineage, run=_what_ran(lineage), obey_bar=OBEY_BAR,
         distance_metrics=DISTANCE_METRICS, longest=max((each["rows"] for each in sections), key=len),
         grouped=any(each["n_groups"] < each["n_test"] for each in sections),
@@ -164,38 +163,23 @@ def _reference_counts(folder: Path, references: Pairs) -> dict[str, Any]:
     return {"n_references": int(told["n_references"]), "n_held_out": int(told["n_held_out"]), "moments_alone": True}
 
 
-def _ablations(targets: list[str], variants: list[str], config: SimpleNamespace, inputs: Mapping[str, Path],
-               comparison: pd.DataFrame) -> list[dict[str, Any]]:
-    """Per target with variants: one row for it and for each of them, and a figure of their differences."""
+def _ablations(targets: list[str], config: SimpleNamespace, inputs: Mapping[str, Path], comparison: pd.DataFrame) -> list[dict[str, Any]]:
+    """Per target and thing that its variants vary: a row for it and for each of them, and a figure of their differences."""
     dice, found = comparison[comparison["metric"] == "dice"], []
     for base in targets:
-        names = [base, *(name for name in variants if config.targets[name].variant_of == base)]
-        against, rows = beside_variants(dice, names, OURS)
-        if len(names) == 1 or not rows:
-            continue
+        against, axes = by_axis(config.targets, base, dice, OURS)
         means = dice[dice["target"] == base].drop_duplicates("arm").set_index("arm")["mean"]
         low, high = means.get("source", np.nan), means.get("oracle", np.nan)
-        for row in rows:
-            name = row["name"]
-            numbers, gates = read_json(inputs[f"evaluate:{name}"] / "metrics.json"), read_json(inputs[f"align:{name}"] / "metrics.json")
-            row |= {"changed": _changed(config.targets[base], config.targets[name]), "kid": numbers.get("kid_aligned", np.nan),
-                    "gap": (row["mean"] - low) / (high - low) if high > low else np.nan,
-                    "copies": read_json(inputs[f"privacy:{name}"] / "metrics.json").get("copy_flagged_kept_references", np.nan),
-                    **{ratio: gates.get(ratio, np.nan) for ratio in ("diversity_ratio", "agreement_ratio", "gate_failures")}}
-        found.append({"base": base, "rows": rows, "against": against, "figure": figures.ablation(rows, str(against))})
+        for axis in axes:
+            for row in axis.rows:
+                name = row["name"]
+                numbers, gates = read_json(inputs[f"evaluate:{name}"] / "metrics.json"), read_json(inputs[f"align:{name}"] / "metrics.json")
+                row |= {"kid": numbers.get("kid_aligned", np.nan), "gap": (row["mean"] - low) / (high - low) if high > low else np.nan,
+                        "copies": read_json(inputs[f"privacy:{name}"] / "metrics.json").get("copy_flagged_kept_references", np.nan),
+                        **{ratio: gates.get(ratio, np.nan) for ratio in ("diversity_ratio", "agreement_ratio", "gate_failures")}}
+            drawn = figures.ablation(axis, base, str(against))
+            found.append({"base": base, "name": axis.name, "rows": axis.rows, "against": against, "figure": drawn})
     return found
-
-
-def _changed(base: Any, variant: Any) -> str:
-    """What a variant says otherwise than its base, ``align.rho 0.3 -> 1``; where the references lie and the arms aside."""
-    one, other = dict(_flat(dataclasses.asdict(base))), dict(_flat(dataclasses.asdict(variant)))
-    aside = ("references.dir", "references.file", "arms", "variant_of")
-    return ", ".join(f"{key} {one.get(key)} → {value}" for key, value in other.items() if one.get(key) != value and key not in aside) or "as set up"
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, each in value.items():
-        yield from _flat(each, f"{prefix}{key}.") if isinstance(each, dict) else [(f"{prefix}{key}", each)]
 
 
 def _rows(table: pd.DataFrame, shares: dict[str, float]) -> list[dict[str, Any]]:

@@ -235,17 +235,15 @@ def _figures(folder: Path, project: Project, stage: str) -> dict[str, str]:
     if stage != "compare":
         return {}
     from alignflow_core import figures
-    from alignflow_core.metrics.comparison import beside_variants
+    from alignflow_core.ablations import by_axis
 
     table = pd.read_parquet(folder / "comparison.parquet").query("metric == 'dice'")
     table = table[table["segmenter"] == table["segmenter"].iloc[0]]  # as in the report
     bases = [name for name, target in project.targets.items() if target.variant_of is None]
     drawn = {"dice": figures.forest(table.drop_duplicates(["target", "arm"]), bases, "Dice, mean over held-out test images")}
     for base in bases:
-        variants = [name for name, target in project.targets.items() if target.variant_of == base]
-        against, rows = beside_variants(table, [base, *variants], ("aligned+filtered", "aligned"))
-        if len(rows) > 1:
-            drawn[f"ablation-{base}"] = figures.ablation(rows, str(against))
+        against, axes = by_axis(project.targets, base, table, ("aligned+filtered", "aligned"))
+        drawn |= {f"ablation-{base}-{axis.name.replace(', ', '-')}": figures.ablation(axis, base, str(against)) for axis in axes}
     return drawn
 
 

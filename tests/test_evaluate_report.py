@@ -402,13 +402,14 @@ def test_ablations_say_what_was_changed_and_by_how_much(project: Path, compared:
     lower = base.assign(target="amber-skl", mean=base["mean"] - 0.1, difference=base["difference"] - 0.1)
     targets = {"amber": Target("amber"), "amber-skl": Target("amber", References(count=5), Align(reward="skl"), variant_of="amber")}
     inputs = {f"{stage}:{name}": project / "artifacts" / stage / "amber" for stage in ("evaluate", "privacy", "align") for name in targets}
-    (found,) = report._ablations(["amber"], ["amber-skl"], SimpleNamespace(targets=targets), inputs, pd.concat([comparison, lower]))
+    (found,) = report._ablations(["amber"], SimpleNamespace(targets=targets), inputs, pd.concat([comparison, lower]))
     first, second = found["rows"]
     assert first["changed"] == "as set up" and second["changed"] == "references.count 10 → 5, align.reward frechet → skl"
     assert first["mean"] - second["mean"] == pytest.approx(0.1)
-    assert report._ablations(["amber"], [], SimpleNamespace(targets=targets), inputs, comparison) == []
+    assert found["name"] == "references.count, align.reward" and found["figure"].startswith("data:image/svg")
+    assert report._ablations(["amber"], SimpleNamespace(targets={"amber": targets["amber"]}), inputs, comparison) == []
     for left, against in (("baseline != 'stage1'", "source"), ("baseline not in ('stage1', 'source')", None)):  # arms that nobody asked for
-        found = report._ablations(["amber"], ["amber-skl"], SimpleNamespace(targets=targets), inputs, pd.concat([comparison, lower]).query(left))
+        found = report._ablations(["amber"], SimpleNamespace(targets=targets), inputs, pd.concat([comparison, lower]).query(left))
         assert [each["against"] for each in found] == ([against] if against else [])
 
 
