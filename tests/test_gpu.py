@@ -17,7 +17,7 @@ from alignflow_core.errors import InputError
 from alignflow_core.flow.muon import orthogonal
 from alignflow_core.flow.train import train
 from alignflow_core.networks import velocity_unet
-from alignflow_core.networks.on_gpu import Doubled, SamplingGroupNorm, suit_gpu
+from alignflow_core.networks.on_gpu import ChannelGroupNorm, Doubled, suit_gpu
 from alignflow_core.seeding import generator, normal
 from alignflow_core.stages import STAGES
 from benchmarks import gpu
@@ -61,9 +61,15 @@ def test_a_network_suited_to_a_gpu_is_the_same_network(compiled: bool, gradient:
     assert not any(isinstance(each, nn.Upsample) for each in suited.modules())
     assert all(each.use_flash_attention for each in suited.modules() if hasattr(each, "use_flash_attention"))
     assert list(suited.state_dict()) == list(plain.state_dict())
-    assert any(isinstance(each, SamplingGroupNorm) for each in suited.modules()) is compiled
+    assert any(isinstance(each, ChannelGroupNorm) for each in suited.modules()) is compiled
     with torch.set_grad_enabled(gradient):
-        assert torch.allclose(suited(*inputs()), plain(*inputs()), atol=1e-5)
+        ours, theirs = suited(*inputs()), plain(*inputs())
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    if gradient:
+        for result in (ours, theirs):
+            result.square().sum().backward()
+        for mine, its in zip(suited.parameters(), plain.parameters(), strict=True):
+            assert mine.grad is not None and its.grad is not None and torch.allclose(mine.grad, its.grad, rtol=1e-3, atol=1e-4)
 
 
 def test_equal_shapes_step_together_as_they_do_alone() -> None:

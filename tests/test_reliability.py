@@ -519,7 +519,7 @@ def test_sigterm(tmp_path: Path, record_property: Record) -> None:
     record_property("figure", ("SIGTERM", f"{hit}/20 saved and gone, slowest {slowest:.2f} s"))
 
 
-def test_numbers_that_are_none_stop_within_a_step(tmp_path: Path, record_property: Record) -> None:
+def test_numbers_that_are_none_stop_before_they_are_saved(tmp_path: Path, record_property: Record) -> None:
     stopped = 0
     for place in ("input", "weights", "gradient", "loss"):
         for value in (float("nan"), float("inf")):
@@ -543,7 +543,7 @@ def test_numbers_that_are_none_stop_within_a_step(tmp_path: Path, record_propert
                 assert (int(kept["done"][0]) if kept else 0) == at - at % TRAINING.save_every
                 assert all(tensor.isfinite().all() for tensor in kept.values() if tensor.is_floating_point())
                 stopped += 1
-    record_property("figure", ("NaN or Inf in loss, gradient, input, weights", f"{stopped}/40 stop at the step, last good state kept"))
+    record_property("figure", ("NaN or Inf in loss, gradient, input, weights", f"{stopped}/40 named by step, none saved, last good state kept"))
 
 
 @pytest.fixture(scope="module")

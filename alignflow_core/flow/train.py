@@ -48,6 +48,8 @@ def train(model: nn.Module, step: Step, training: Training, state_file: Path, lo
     optimisers = build_optimisers(model, training)
     ema, extra = Ema(unwrap(model), training.ema), {} if extra is None else extra
     done, ended = _restore(state_file, model, optimisers, ema, extra)
+    pending: list[Mapping[str, float | Tensor]] = []  # of the last steps: a GPU has work while the processor queues more
+    note = ""
     if distributed.largest(done) != done:
         raise StageError(f"{state_file}: read by some processes only; all need the same project folder")
     with _held_signals() as caught:
@@ -61,25 +63,42 @@ def train(model: nn.Module, step: Step, training: Training, state_file: Path, lo
             for optimiser in optimisers:
                 optimiser.step()
             ema.update(unwrap(model))
-            # Only now are numbers asked for: a GPU has work while the processor queues more.
-            numbers = {name: float(value) for name, value in found.items()}
-            norm = numbers.pop("gradient norm")
-            numbers = distributed.mean(numbers)
-            bad = [name for name, value in {**numbers, "gradient norm": norm}.items() if not math.isfinite(value)]
-            if bad:
-                raise StageError(f"step {done}: {', '.join(bad)} not finite; lower the learning rate or check the data. "
-                                         f"The last good state is kept in {state_file.name}")
+            pending.append(found)
             done += 1
-            if done % training.log_every == 0 or done == training.steps:
-                log({**numbers, "gradient_norm": norm}, done)
+            if done == 1 or done % training.log_every == 0 or done == training.steps:
+                numbers, norm = _asked(pending, done, state_file)
+                note = " ".join(f"{k}={v:.4g}" for k, v in numbers.items())
+                if done > 1 or training.log_every == 1 or done == training.steps:
+                    log({**numbers, "gradient_norm": norm}, done)
             ended = (on_step is not None and on_step(done, ema)) or done == training.steps
-            progress(done, training.steps, " ".join(f"{k}={v:.4g}" for k, v in numbers.items()))
+            progress(done, training.steps, note)
             stop = distributed.largest(caught[0] if caught else 0)
-            if (ended or stop or done % training.save_every == 0) and distributed.leads():
-                _save(state_file, (done, ended), model, optimisers, ema, extra)
+            if ended or stop or done % training.save_every == 0:
+                if pending:
+                    _asked(pending, done, state_file)
+                if distributed.leads():
+                    _save(state_file, (done, ended), model, optimisers, ema, extra)
             if stop:
                 raise KeyboardInterrupt if stop == signal.SIGINT else SystemExit(128 + stop)
     return ema
+
+
+def _asked(pending: list[Mapping[str, float | Tensor]], done: int, state_file: Path) -> tuple[dict[str, float], float]:
+    """Numbers and gradient norm of step ``done``, the last one pending, after a look at all of them; none is pending then.
+
+    Raises:
+        StageError: one of them is not finite.
+    """
+    for behind, found in zip(reversed(range(len(pending))), pending, strict=True):
+        numbers = {name: float(value) for name, value in found.items()}
+        norm = numbers.pop("gradient norm")
+        numbers = distributed.mean(numbers)
+        bad = [name for name, value in {**numbers, "gradient norm": norm}.items() if not math.isfinite(value)]
+        if bad:
+            raise StageError(f"step {done - behind - 1}: {', '.join(bad)} not finite; lower the learning rate or check the data. "
+                             f"The last good state is kept in {state_file.name}")
+    pending.clear()
+    return numbers, norm
 
 
 def build_optimisers(model: nn.Module, training: Training) -> list[torch.optim.Optimizer]:

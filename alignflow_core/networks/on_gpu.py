@@ -18,21 +18,21 @@ class Doubled(nn.Module):
         return rows.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
 
 
-class SamplingGroupNorm(nn.GroupNorm):
-    """Group normalisation that, without gradient, returns [B, C, H, W] in the layout and precision that it was given; for compiled networks.
+class ChannelGroupNorm(nn.GroupNorm):
+    """Group normalisation that returns [B, C, H, W] in the layout and precision that it was given; for compiled networks.
 
-    torch's own changes the layout, so that each convolution begins with a copy. With gradient it is torch's own: the gradient of these sums was
-    slower than those copies (docs/decisions/0017-one-gpu.md).
+    torch's own changes the layout, so that each convolution begins with a copy. Here an image is gone over twice in each direction: for the two
+    moments of every channel, which then make up those of the groups, and for one product and one sum (docs/decisions/0017-one-gpu.md).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Statistics are of single precision."""
-        if torch.is_grad_enabled():
-            return super().forward(x)
-        groups = x.unflatten(1, (self.num_groups, -1)).float()
-        variance, mean = torch.var_mean(groups, dim=(2, 3, 4), correction=0, keepdim=True)
-        normal = ((groups - mean) * torch.rsqrt(variance + self.eps)).flatten(1, 2)
-        return (normal * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        wide, grouped = x.float(), (x.shape[0], self.num_groups, -1)
+        mean, square = (moment.reshape(grouped).mean(2, keepdim=True) for moment in (wide.mean((2, 3)), wide.square().mean((2, 3))))
+        variance = (square - mean.square()).clamp(min=0.0)
+        scale = self.weight.reshape(1, *grouped[1:]) * torch.rsqrt(variance + self.eps)
+        shift = self.bias.reshape(1, *grouped[1:]) - mean * scale
+        return (wide * scale.reshape(x.shape[0], -1, 1, 1) + shift.reshape(x.shape[0], -1, 1, 1)).to(x.dtype)
 
 
 def suit_gpu(model: nn.Module, compiled: bool) -> None:
@@ -44,4 +44,4 @@ def suit_gpu(model: nn.Module, compiled: bool) -> None:
             if isinstance(child, nn.Upsample) and child.mode == "nearest" and child.size is None and child.scale_factor in (2.0, (2.0, 2.0)):
                 setattr(parent, name, Doubled())
             elif compiled and type(child) is nn.GroupNorm and child.affine:
-                child.__class__ = SamplingGroupNorm
+                child.__class__ = ChannelGroupNorm
