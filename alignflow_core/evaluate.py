@@ -94,7 +94,8 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     features.to_parquet(out_dir / "features.parquet", index=False)
     likeness = _likeness(inputs["sample_paired"], data.test, target, config, context.root)
     likeness.to_parquet(out_dir / "paired.parquet", index=False)
-    looks = _looks(data, config.task)
+    segmenter = _source_segmenter(inputs["segment_source"], device)
+    looks = _looks(data, config.task, segmenter, device)
     looks.to_parquet(out_dir / "appearance.parquet", index=False)
     means = table.groupby(["segmenter", "metric", "arm"])["value"].mean().reset_index()
     first = table["segmenter"].iloc[0]
@@ -103,7 +104,7 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     numbers |= {f"{prefix(row['segmenter'], first)}source_dice_{metric_name(row['arm'])}": float(row["value"]) for row in at_home.to_dict("records")}
     kid = distances[distances["metric"] == "kid"]
     numbers |= {f"kid_{metric_name(name)}": float(value) for name, value in zip(kid["set"], kid["value"], strict=True)}
-    numbers |= _obedience(config.task, inputs["segment_source"], data, device)
+    numbers |= _obedience(config.task, segmenter, data, device) if segmenter else {}
     return {name: value for name, value in numbers.items() if np.isfinite(value)}
 
 
@@ -153,13 +154,15 @@ def _image_table(predicted: np.ndarray, test: Pairs, task: Task) -> pd.DataFrame
     return pd.concat(frames, ignore_index=True)
 
 
-def _obedience(task: Task, segmenters: Path, data: Measured, device: torch.device) -> dict[str, float]:
-    """Dice of the first ``source`` segmenter on real source test images and on stage-1 images against the masks they were painted from."""
+def _source_segmenter(segmenters: Path, device: torch.device) -> torch.nn.Module | None:
+    """The first segmenter of the arm ``source``, if one was asked for."""
     table = pd.read_parquet(segmenters / "segmenters.parquet")
     first = table[table["arm"] == "source"].head(1)  # rows stand by architecture, arm and seed
-    if first.empty:
-        return {}
-    model = load_segmenter(segmenters / first["folder"].iloc[0], device)
+    return None if first.empty else load_segmenter(segmenters / first["folder"].iloc[0], device)
+
+
+def _obedience(task: Task, model: torch.nn.Module, data: Measured, device: torch.device) -> dict[str, float]:
+    """Dice of the ``source`` segmenter on real source test images and on stage-1 images against the masks they were painted from."""
     sets = {"real": data.source_test, "stage1": data.stage1}
     dice = {name: overlap(predict(model, pairs.images, task, device), pairs.labels, task)["dice"].mean(0) for name, pairs in sets.items()}
     numbers = {f"obey_{name}_{each}": float(value) for name, values in dice.items() for each, value in zip(task.classes, values, strict=True)}
@@ -230,11 +233,16 @@ def _map_rows(name: str, ids: object, vectors: np.ndarray) -> pd.DataFrame:
     return frame
 
 
-def _looks(data: Measured, task: Task) -> pd.DataFrame:
-    """Appearance of at most MAP_SIZE images of each set: set, then one column per quantity."""
+def _looks(data: Measured, task: Task, segmenter: torch.nn.Module | None, device: torch.device) -> pd.DataFrame:
+    """Appearance of at most MAP_SIZE images of each set: set, then one column per quantity; of images without masks in the regions that
+    ``segmenter`` finds."""
     frames = []
     own = {name: data.painted[name] for name in ("stage1", "aligned")}
     for name, pairs in {"source": data.source, **own, **data.shown_references, "target test": data.test}.items():
         chosen = _evenly(len(pairs), MAP_SIZE)
-        frames.append(appearance(pairs.images[chosen], None if pairs.masks is None else pairs.masks[chosen], task).assign(set=name))
+        if pairs.masks is None:
+            masks = predict(segmenter, pairs.images[chosen], task, device) if segmenter else None
+        else:
+            masks = pairs.masks[chosen]
+        frames.append(appearance(pairs.images[chosen], masks, task).assign(set=name))
     return pd.concat(frames, ignore_index=True)

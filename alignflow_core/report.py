@@ -147,7 +147,7 @@ def _target(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], so
         "starts": _painted_at(inputs[f"sample_aligned:{target}"], "start", 0.0),
         "grid": _grid(target, config, inputs, source, references, pairs["kept"].to_numpy(bool)),
         "map": figures.feature_map(pd.read_parquet(folder / "features.parquet")),
-        "looks": figures.appearance(looks), "look_rows": _look_rows(looks),
+        "looks": figures.appearance(looks), "look_rows": _look_rows(looks), "found_regions": len(references) > 0 and references.masks is None,
         "gates": figures.gates(pd.read_parquet(inputs[f"align:{target}"] / "gates.parquet")),
         "gates_hold": config.targets[target].align.gates.hold,
         "align": read_json(inputs[f"align:{target}"] / "metrics.json"), "verdict": verdict["rounds"],

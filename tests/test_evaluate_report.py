@@ -17,6 +17,7 @@ from alignflow_core.config import Align, Evaluate, Gates, Machine, Network, Refe
 from alignflow_core.errors import InputError
 from alignflow_core.full_strength import at_full_strength
 from alignflow_core.metrics import comparison
+from alignflow_core.metrics.appearance import appearance
 from alignflow_core.metrics.overlap import overlap
 from alignflow_core.metrics.statistics import holm
 from alignflow_core.networks import velocity_unet
@@ -239,6 +240,17 @@ def test_evaluate_measures_images_with_their_n_and_floor(evaluated: Path):
     assert distances["ci_low"].notna().groupby("set").mean()[["source", "stage1", "aligned"]].min() > 0.8
     features = pd.read_parquet(evaluated / "features.parquet")
     assert features["set"].value_counts().to_dict() == {"source": 16, "references": 7, "target test": 16, "stage1": 20, "aligned": 20}
+
+
+def test_contrast_of_references_without_masks_is_that_of_the_regions_found_in_them(project: Path, evaluated: Path, compared: Path) -> None:
+    art = project / "artifacts"
+    segmenter = load_segmenter(art / "segment_source" / arm_folder("unet", "source") / "seed0", torch.device("cpu"))
+    images = read_pairs(art / "references" / "amber").images
+    expected = appearance(images, predict(segmenter, images, TASK, torch.device("cpu")), TASK)
+    found = pd.read_parquet(evaluated / "appearance.parquet").query("set == 'references'")
+    assert np.array_equal(found["contrast_disc"], expected["contrast_disc"], equal_nan=True)
+    page = (build(project, "report", report.run, None, REPORT_INPUTS) / "index.html").read_text()
+    assert "the segmenter of real source images finds" in page
 
 
 def test_distances_are_of_the_pairs_painted_at_full_strength(project: Path, tmp_path: Path) -> None:
