@@ -489,13 +489,15 @@ class Sample:
     0 paints with stage 1, 1 with the aligned weights, between and beyond with weights on their line; each aligned pair takes one of them.
     ``starts`` are times on the path: an aligned pair of a real mask is painted from one of them on, from that mask's own image noised to this time
     (SDEdit, arXiv 2108.01073); 0 is noise alone, from which pairs of drawn masks always are.
+
+    ``n_steps`` of ``solver`` are one network call each by ``euler``, two by ``midpoint`` and ``heun`` (docs/decisions/0018-midpoint.md).
     """
 
     n_pairs: int = 256
     n_paired: int = 32
     batch: int = 32
-    solver: str = "euler"
-    n_steps: int = 12
+    solver: str = "midpoint"
+    n_steps: int = 3
     guidance_scale: float = 1.0
     strengths: tuple[float, ...] = (1.0,)
     starts: tuple[float, ...] = (0.0,)

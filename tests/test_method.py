@@ -143,7 +143,7 @@ def test_every_pair_has_one_of_the_strengths(built: dict[str, Path], tmp_path: P
 
 
 def test_pairs_of_real_masks_start_from_their_own_images(built: dict[str, Path], tmp_path: Path) -> None:
-    config = SimpleNamespace(**{**vars(CONFIG), "sample": dataclasses.replace(CONFIG.sample, n_steps=10, starts=(0.9,))})
+    config = SimpleNamespace(**{**vars(CONFIG), "sample": dataclasses.replace(CONFIG.sample, solver="euler", n_steps=10, starts=(0.9,))})
     numbers = build(sample.run_aligned, config, built, tmp_path / "started")
     started, plain = read_pairs(tmp_path / "started"), read_pairs(built["sample_aligned"])
     drawn = pd.read_parquet(built["sample_masks"] / "manifest.parquet")
@@ -170,7 +170,7 @@ def test_from_a_time_on_the_solver_goes_the_rest_of_the_way() -> None:
         calls.append(float(t[0]))
         return torch.ones_like(x_t)
 
-    painted = sample._solve(velocity, x, x[:, :0], dataclasses.replace(CONFIG.sample, n_steps=8, guidance_scale=2.0), 0.5)
+    painted = sample._solve(velocity, x, x[:, :0], dataclasses.replace(CONFIG.sample, solver="euler", n_steps=8, guidance_scale=2.0), 0.5)
     assert torch.allclose(painted, torch.full_like(x, 0.5)) and calls == [0.5, 0.625, 0.75, 0.875], "once: nothing to be guided by"
 
 
@@ -223,7 +223,8 @@ def test_of_the_looks_before_the_reward_only_the_last_that_kept_the_gates_counts
 def test_reward_and_gates_see_pictures_under_the_guidance_that_pairs_are_painted_with(
         built: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
     """Of stage 1 these equal what synthesis paints of the same masks and noise."""
-    config = SimpleNamespace(**{**vars(CONFIG), "sample": dataclasses.replace(CONFIG.sample, guidance_scale=scale, n_steps=CONFIG.align.n_steps)})
+    settings = dataclasses.replace(CONFIG.sample, solver="euler", guidance_scale=scale, n_steps=CONFIG.align.n_steps)
+    config = SimpleNamespace(**{**vars(CONFIG), "sample": settings})
     aligning = alignment.Alignment(config, built, context(tmp_path, "clinic"))
     model, _ = velocity_unet.load(built["image_flow"])
     model.adopt_target()
