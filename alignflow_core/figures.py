@@ -147,7 +147,7 @@ def ablation(varied: Axis, base: str, against: str) -> str:
 
 
 def _ablation_curve(varied: Axis, values: list[float], base: str, against: str) -> str:
-    figure, axis = plt.subplots(figsize=(5.6, 3.2))
+    figure, axis = plt.subplots(figsize=(9.6, 2.8))
     axis.plot(values, [row["difference"] for row in varied.rows], color=ARM_COLOURS["aligned"], lw=1.2)
     for value, row in zip(values, varied.rows, strict=True):
         colour = _of_variant(row, base)

@@ -69,7 +69,7 @@ class StageRunner(dg.ConfigurableResource):
         plan = plan_stage(load_project(root / "params.yaml"), root, STAGES[stage], key)  # names a missing input better than DVC does
         if is_current(root, stage, key, plan) and Versions(root).known((stage, key)):
             return  # what DVC would find out too, in a hundredth of the time
-        dvc = [sys.executable, "-m", "dvc", "--wait-for-lock"]
+        dvc = [sys.executable, "-m", "pipelines.dvc_command", "--wait-for-lock"]
         repro = [*dvc, "repro", "--single-item", node_id(stage, key)]
         if not (STAGES[stage].raw and (root / "data.dvc").exists()):
             run_guarded(repro, root)

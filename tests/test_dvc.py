@@ -36,6 +36,32 @@ def test_a_replaced_reference_reaches_its_target_and_the_fan_in_only(built_toy: 
     assert repro(root) == Counter()
 
 
+def test_a_lock_file_read_quickly_is_written_as_dvc_writes_it(built_toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dvc import dvcfile
+
+    from pipelines import dvc_command
+
+    monkeypatch.setattr(dvcfile, "modify_yaml", its_own := dvcfile.modify_yaml)
+    dvc_command.read_lock_files_quickly()
+    assert dvcfile.modify_yaml is not its_own
+    stage = {"cmd": "python -m x " + "word " * 40, "params": {"params.yaml": {"a": None, "b": [], "c": 1e-5, "d": "2.0", "e": "/data/" + "x" * 120}}}
+    written = {}
+    for name, modify in (("theirs", its_own), ("ours", dvcfile.modify_yaml)):
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / "dvc.lock"
+        file.write_text((built_toy / "dvc.lock").read_text())
+        with modify(str(file)) as data:
+            data["stages"]["report"] = stage
+            data["stages"]["new"] = stage
+        written[name] = file.read_bytes()
+    assert written["ours"] == written["theirs"] and b"word word" in written["ours"]
+    other = tmp_path / "dvc.yaml"
+    other.write_text("a: 1  # a word\n")
+    with dvcfile.modify_yaml(str(other)) as data:
+        data["b"] = 2
+    assert other.read_text() == "a: 1  # a word\nb: 2\n", "files that people write keep their comments"
+
+
 @pytest.mark.nightly
 def test_a_changed_setting_of_one_target(built_toy: Path, tmp_path: Path) -> None:
     root = copied(built_toy, tmp_path)

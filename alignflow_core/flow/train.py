@@ -65,10 +65,11 @@ def train(model: nn.Module, step: Step, training: Training, state_file: Path, lo
             ema.update(unwrap(model))
             pending.append(found)
             done += 1
-            if done == 1 or done % training.log_every == 0 or done == training.steps:
+            due = done % training.log_every == 0 or done == training.steps
+            if due or done == 1:
                 numbers, norm = _asked(pending, done, state_file)
                 note = " ".join(f"{k}={v:.4g}" for k, v in numbers.items())
-                if done > 1 or training.log_every == 1 or done == training.steps:
+                if due:
                     log({**numbers, "gradient_norm": norm}, done)
             ended = (on_step is not None and on_step(done, ema)) or done == training.steps
             progress(done, training.steps, note)
