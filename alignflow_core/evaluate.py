@@ -234,8 +234,10 @@ def _map_rows(name: str, ids: object, vectors: np.ndarray) -> pd.DataFrame:
 
 
 def _looks(data: Measured, task: Task, segmenter: torch.nn.Module | None, device: torch.device) -> pd.DataFrame:
-    """Appearance of at most MAP_SIZE images of each set: set, then one column per quantity; of images without masks in the regions that
-    ``segmenter`` finds."""
+    """Appearance of at most MAP_SIZE images of each set: set, then one column per quantity.
+
+    Where images have no masks, contrast is that of the regions which ``segmenter`` finds (unknown without it).
+    """
     frames = []
     own = {name: data.painted[name] for name in ("stage1", "aligned")}
     for name, pairs in {"source": data.source, **own, **data.shown_references, "target test": data.test}.items():

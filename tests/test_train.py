@@ -58,7 +58,7 @@ def test_stopped_anywhere_and_resumed_is_byte_equal(tmp_path: Path, stop: int, n
     assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
 
 
-def test_not_a_number_stops_at_once_and_keeps_the_last_state(tmp_path: Path) -> None:
+def test_not_a_number_stops_before_it_is_saved_and_keeps_the_last_state(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = torch.nn.Linear(1, 1)
 

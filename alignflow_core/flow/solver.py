@@ -10,10 +10,9 @@ from alignflow_core.flow.path import VelocityModel
 Solver = Callable[[VelocityModel, Tensor, Tensor, Tensor], Tensor]
 
 
-def time_grid(n_steps: int, shift: float = 1.0) -> Tensor:
-    """``n_steps + 1`` times from 0 to 1; ``shift`` > 1 spends more of them near noise."""
-    t = torch.linspace(0, 1, n_steps + 1)
-    return t / (t + shift * (1 - t))
+def time_grid(n_steps: int) -> Tensor:
+    """``n_steps + 1`` even times from 0 to 1."""
+    return torch.linspace(0, 1, n_steps + 1)
 
 
 def euler(velocity_model: VelocityModel, x0: Tensor, cond: Tensor, times: Tensor) -> Tensor:
