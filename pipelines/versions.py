@@ -7,16 +7,16 @@ disk is the one it has recorded: that file holds the content hash of the artifac
 import hashlib
 import json
 from collections.abc import Mapping
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from alignflow_core.artifact import read_json
-from alignflow_core.config import parse_yaml
 from alignflow_core.runner import provenance_file
 from alignflow_core.stages import artifact_dir, node_id
+from pipelines import dvc_lock
 
 if TYPE_CHECKING:
     from mlflow.entities import Dataset
@@ -32,15 +32,10 @@ class Versions:
         self.root = root
 
     @cached_property
-    def locked(self) -> dict[str, Any]:
-        """Stages of ``dvc.lock``; none while it cannot be read."""
+    def _lock(self) -> str:
+        """Text of ``dvc.lock``; nothing where there is none."""
         file = self.root / "dvc.lock"
-        if not file.exists():
-            return {}
-        try:
-            return _stages(file, file.stat().st_mtime_ns, file.stat().st_size)
-        except (OSError, yaml.YAMLError):  # being written at this moment
-            return {}
+        return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
 
     def artifact(self, node: NodeName, content: str) -> "Dataset":
         """An input artifact with this content hash, named ``align@amber``."""
@@ -66,13 +61,11 @@ class Versions:
 
     def _hashes(self, node: NodeName, side: str) -> dict[str, str]:
         """Path -> hash of the ``deps`` or ``outs`` of a stage."""
-        return {each["path"]: each["md5"] for each in self.locked.get(node_id(*node), {}).get(side, []) if "md5" in each}
-
-
-@lru_cache(maxsize=1)
-def _stages(file: Path, modified_ns: int, size: int) -> dict[str, Any]:
-    """Stages of the lock as it is now; it grows with the project, and every stage is asked for before and after it is built."""
-    return dict((parse_yaml(file.read_text(encoding="utf-8")) or {}).get("stages", {}))
+        try:
+            entry = dvc_lock.entry(self._lock, node_id(*node))
+        except yaml.YAMLError:  # being written at this moment
+            entry = {}
+        return {each["path"]: each["md5"] for each in entry.get(side, []) if "md5" in each}
 
 
 def shown(text: str) -> str:

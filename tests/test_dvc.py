@@ -1,5 +1,6 @@
 """The project through DVC's own commands: everything once, then nothing, then exactly what a change reaches."""
 
+import copy
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 from toy_project import DOWNSTREAM_OF_REFERENCES, FAN_IN, REPOSITORY, calls, copied, rebuilt, replace_reference, run, set_param
+
+from pipelines import dvc_command, dvc_lock
 
 STAGE_COUNT = 3 + 9 + 2 * 10  # domains, shared, targets
 
@@ -36,30 +39,43 @@ def test_a_replaced_reference_reaches_its_target_and_the_fan_in_only(built_toy: 
     assert repro(root) == Counter()
 
 
-def test_a_lock_file_read_quickly_is_written_as_dvc_writes_it(built_toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dvc import dvcfile
+AWKWARD = {"cmd": "python -m x " + "word " * 40, "deps": [{"path": "a b/ü", "md5": "1.dir"}], "params": {"params.yaml": {
+    "a": None, "b": [], "c": 1e-5, "d": "2.0", "e": "/data/" + "x" * 120, "f": "two\n\nlines\n", "g": {}, "h": {"report": {"cmd": "x"}}}}}
 
-    from pipelines import dvc_command
 
-    monkeypatch.setattr(dvcfile, "modify_yaml", its_own := dvcfile.modify_yaml)
-    dvc_command.read_lock_files_quickly()
-    assert dvcfile.modify_yaml is not its_own
-    stage = {"cmd": "python -m x " + "word " * 40, "params": {"params.yaml": {"a": None, "b": [], "c": 1e-5, "d": "2.0", "e": "/data/" + "x" * 120}}}
-    written = {}
-    for name, modify in (("theirs", its_own), ("ours", dvcfile.modify_yaml)):
-        (tmp_path / name).mkdir()
-        file = tmp_path / name / "dvc.lock"
-        file.write_text((built_toy / "dvc.lock").read_text())
-        with modify(str(file)) as data:
-            data["stages"]["report"] = stage
-            data["stages"]["new"] = stage
-        written[name] = file.read_bytes()
-    assert written["ours"] == written["theirs"] and b"word word" in written["ours"]
-    other = tmp_path / "dvc.yaml"
-    other.write_text("a: 1  # a word\n")
-    with dvcfile.modify_yaml(str(other)) as data:
-        data["b"] = 2
-    assert other.read_text() == "a: 1  # a word\nb: 2\n", "files that people write keep their comments"
+@pytest.mark.parametrize("names", [["report"], ["new"], ["data@amber", "report", "new", "newer@x-y_1"]])
+def test_a_lock_file_changed_by_its_entries_is_as_dvc_writes_it(built_toy: Path, names: list[str]) -> None:
+    from dvc.utils.serialize import dumps_yaml, loads_yaml
+
+    text = (built_toy / "dvc.lock").read_text()
+    whole = loads_yaml(text)
+    for datasets in ({}, {"datasets": [{"name": "d", "url": "u", "lock": {"report": {"cmd": "y"}}}]}):
+        theirs = whole | {"stages": whole["stages"] | {name: copy.deepcopy(AWKWARD) for name in names}} | datasets
+        before = dumps_yaml(whole | datasets)
+        ours = dvc_lock.replaced(before, {name: dumps_yaml({"stages": {name: AWKWARD}}).removeprefix("stages:\n") for name in names})
+        assert ours == dumps_yaml(theirs)
+        assert all(dvc_lock.entry(ours, name)["deps"] == AWKWARD["deps"] for name in names)
+        assert dvc_lock.entry(ours, "align@amber")["outs"] == whole["stages"]["align@amber"]["outs"]
+    assert dvc_lock.entry(text, "amber") == dvc_lock.entry("", "report") == {}
+    assert dvc_lock.replaced("", {"report": "x"}) is dvc_lock.replaced("schema: '2.0'\nstages: {}\n", {"report": "x"}) is None
+
+
+def test_dvc_writes_the_same_lock_by_our_command(built_toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dvc.dvcfile import Lockfile
+    from dvc.utils.serialize import dumps_yaml, loads_yaml
+
+    monkeypatch.setattr(Lockfile, "dump_stages", its_own := Lockfile.dump_stages)
+    dvc_command.rewrite_only_what_changes()
+    assert Lockfile.dump_stages is not its_own
+    root, lock, stages = copied(built_toy, tmp_path), tmp_path / "project" / "dvc.lock", ["data@amber", "references@amber"]
+    replace_reference(root, "amber")
+    before = loads_yaml(lock.read_text())["stages"]
+    for expected in (list(before), stages):
+        run(root, "-m", "pipelines.dvc_command", "repro", "--quiet", "--single-item", *stages)
+        now = loads_yaml(lock.read_text())["stages"]
+        assert lock.read_text() == dumps_yaml({"schema": "2.0", "stages": now}), "to the byte as DVC writes what it says"
+        assert list(now) == expected and now["references@amber"] != before["references@amber"]
+        lock.unlink()
 
 
 @pytest.mark.nightly
