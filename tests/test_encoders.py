@@ -1,7 +1,9 @@
 """Encoders: standardised features of wholes and regions, every registered encoder on real images, weights from a local folder."""
 
 import dataclasses
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +34,29 @@ def save_vit(folder: Path) -> Path:
     torch.manual_seed(0)
     Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14)).save_pretrained(folder)
     return folder
+
+
+def test_published_weights_of_radimagenet(tmp_path: Path) -> None:
+    """docs/extending.md: the conversion, of random weights named as the published ones are."""
+    from monai.networks.nets import resnet50
+
+    torch.manual_seed(0)
+    theirs = resnet50(spatial_dims=2, n_input_channels=3, feed_forward=False, shortcut_type="B", bias_downsample=False, conv1_t_stride=2).eval()
+    for norm in (module for module in theirs.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        norm.running_mean.normal_(0, 0.1)
+        norm.running_var.uniform_(0.5, 2)
+    places = {"conv1": 0, "bn1": 1} | {f"layer{i}": 3 + i for i in range(1, 5)}
+    named = {f"backbone.{places[name.partition('.')[0]]}.{name.partition('.')[2]}": value for name, value in theirs.state_dict().items()}
+    torch.save(named, tmp_path / "ResNet50.pt")
+    *_, block = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "extending.md").read_text(), re.DOTALL)
+    space: dict[str, Any] = {}
+    exec(block, space)  # noqa: S102 (our own documentation)
+    space["convert"](str(tmp_path / "ResNet50.pt"), str(tmp_path / "radimagenet"))
+    encoder = pretrained.load(tmp_path / "radimagenet")
+    images = pictures(2, 3)
+    pooled = encoder.maps(images)[-1].mean((2, 3))
+    expected = theirs(torch.nn.functional.interpolate(images, size=224, mode="bilinear"))
+    assert pooled.shape == (2, 2048) and torch.allclose(pooled, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Paired comparison of arms: bootstrap intervals, signed-rank tests, Holm's adjustment."""
 
 import numpy as np
-from scipy.stats import norm, wilcoxon
+from scipy.special import ndtr, ndtri
 
 FEWEST = 6  # pairs: below this no signed-rank test can reach p < .05
 
@@ -36,14 +36,14 @@ def bca_intervals(values: np.ndarray, level: float, resamples: int, rng: np.rand
     means = bootstrap_means(values, resamples, rng)
     tied = np.abs(means - mean) <= 1e-12  # up to rounding: few or equal values make many
     below = ((means < mean) & ~tied).mean(0) + 0.5 * tied.mean(0)
-    bias = norm.ppf(below.clip(0.5 / resamples, 1 - 0.5 / resamples))
+    bias = ndtri(below.clip(0.5 / resamples, 1 - 0.5 / resamples))
     left_out = mean - (values.sum(0) - values) / (n - 1)
     cubes, squares = (left_out ** 3).sum(0), (left_out ** 2).sum(0)
     acceleration = np.divide(cubes, 6 * squares ** 1.5, out=np.zeros(k), where=squares > 1e-24)
     ends = []
     for tail in ((1 - level) / 2, (1 + level) / 2):
-        shifted = bias + norm.ppf(tail)
-        share = norm.cdf(bias + shifted / (1 - acceleration * shifted))
+        shifted = bias + ndtri(tail)
+        share = ndtr(bias + shifted / (1 - acceleration * shifted))
         ends.append(np.array([np.quantile(means[:, j], share[j]) for j in range(k)]))
     return ends[0], ends[1]
 
@@ -68,6 +68,8 @@ def signed_rank_p(differences: np.ndarray) -> float:
         return float("nan")
     if not np.any(differences):
         return 1.0
+    from scipy.stats import wilcoxon  # as dear as torch to import, and most who read tables test nothing
+
     return float(wilcoxon(differences).pvalue)
 
 
