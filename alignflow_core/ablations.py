@@ -13,6 +13,7 @@ NOT_VARIED = ("references.dir", "references.file", "arms", "variant_of")  # wher
 BROUGHT = {"align.reward": ("align.prior_count", "align.temperature"), "align.encoder": ("align.encoder_weights",)}  # what a choice has with it
 NAMES = ("references.seed",)  # numbers without an order
 FEWEST_POINTS = 3  # of a curve
+OWN_ARMS = ("aligned+filtered", "aligned+filtered+colour", "aligned")  # the first that was asked for stands for the method
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Axis:
     values: list[float] | None
 
 
-def by_axis(targets: Mapping[str, Any], base: str, table: pd.DataFrame, arms: Sequence[str]) -> tuple[str | None, list[Axis]]:
+def by_axis(targets: Mapping[str, Any], base: str, table: pd.DataFrame, arms: Sequence[str] = OWN_ARMS) -> tuple[str | None, list[Axis]]:
     """The variants of a target, grouped by what they vary; no axis without variants that were compared.
 
     Args:

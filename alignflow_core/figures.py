@@ -18,6 +18,7 @@ from alignflow_core.masks import regions
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # After Okabe and Ito: told apart with any colour vision, and in print by their order and labels.
@@ -68,8 +69,7 @@ def forest(table: pd.DataFrame, targets: list[str], label: str) -> str:
                 if arm not in part:
                     continue
                 mean, low, high = (part[arm][name] for name in ("mean", "ci_low", "ci_high"))
-                axis.plot([low, high], [y, y], color=colour_of(arm), lw=2.6, solid_capstyle="round")
-                axis.plot(mean, y, "o", color=colour_of(arm), ms=6.5, mec="white", mew=0.8)
+                _interval(axis, ([low, high], [y, y]), (mean, y), colour_of(arm))
                 axis.annotate(f"{mean:.3f}", (mean, y), (0, 6.5), textcoords="offset points", ha="center", fontsize=7.5, color="#3b4350")
             axis.set(title=target, yticks=range(len(arms)), yticklabels=arms, ylim=(-0.6, len(arms) - 0.25))
             axis.margins(x=0.08)
@@ -135,9 +135,7 @@ def ablation(varied: Axis, base: str, against: str) -> str:
         rows = varied.rows
         figure, axis = plt.subplots(figsize=(9.6, 0.3 * len(rows) + 0.9))
         for y, row in enumerate(reversed(rows)):
-            colour = _of_variant(row, base)
-            axis.plot([row["diff_ci_low"], row["diff_ci_high"]], [y, y], color=colour, lw=2.6, solid_capstyle="round")
-            axis.plot(row["difference"], y, "o", color=colour, ms=6.5, mec="white", mew=0.8)
+            _interval(axis, ([row["diff_ci_low"], row["diff_ci_high"]], [y, y]), (row["difference"], y), _of_variant(row, base))
         axis.axvline(0, color="#1f2328", lw=0.8)
         axis.set(yticks=range(len(rows)), yticklabels=[row["name"] for row in reversed(rows)], ylim=(-0.6, len(rows) - 0.4),
                  xlabel=f"Dice minus {against}")
@@ -150,9 +148,7 @@ def _ablation_curve(varied: Axis, values: list[float], base: str, against: str) 
     figure, axis = plt.subplots(figsize=(9.6, 2.8))
     axis.plot(values, [row["difference"] for row in varied.rows], color=ARM_COLOURS["aligned"], lw=1.2)
     for value, row in zip(values, varied.rows, strict=True):
-        colour = _of_variant(row, base)
-        axis.plot([value, value], [row["diff_ci_low"], row["diff_ci_high"]], color=colour, lw=2.6, solid_capstyle="round")
-        axis.plot(value, row["difference"], "o", color=colour, ms=6.5, mec="white", mew=0.8)
+        _interval(axis, ([value, value], [row["diff_ci_low"], row["diff_ci_high"]]), (value, row["difference"]), _of_variant(row, base))
     axis.axhline(0, color="#1f2328", lw=0.8)
     if values[0] > 0 and values[-1] >= WIDE * values[0]:
         axis.set_xscale("log")
@@ -160,6 +156,12 @@ def _ablation_curve(varied: Axis, values: list[float], base: str, against: str) 
     axis.set(xticks=values, xticklabels=[f"{value:g}" for value in values], xlabel=varied.name, ylabel=f"Dice minus {against}")
     figure.tight_layout()
     return as_svg(figure)
+
+
+def _interval(axis: Axes, line: tuple[list[float], list[float]], dot: tuple[float, float], colour: str) -> None:
+    """A bar from end to end and a dot for the estimate."""
+    axis.plot(*line, color=colour, lw=2.6, solid_capstyle="round")
+    axis.plot(*dot, "o", color=colour, ms=6.5, mec="white", mew=0.8)
 
 
 def _of_variant(row: Mapping[str, Any], base: str) -> str:

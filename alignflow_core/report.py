@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from alignflow_core import figures
-from alignflow_core.ablations import by_axis
+from alignflow_core.ablations import OWN_ARMS, by_axis
 from alignflow_core.artifact import read_json
 from alignflow_core.config import COLOUR, Task, in_order
 from alignflow_core.full_strength import at_full_strength
@@ -38,7 +38,6 @@ ARM_WORDS = {
 }
 METRIC_WORDS = {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (px)", "cdr_error": "CDR error"}
 SEGMENTER_METRICS = ("dice", "iou")
-OURS = ("aligned+filtered", "aligned+filtered+colour", "aligned")  # the first that was asked for stands for the method
 MEMBERSHIP_WORDS = {"source_stage1": ("source training images", "stage 1"), "source_aligned": ("source training images", "the aligned model"),
                     "references": ("references", "the aligned model")}
 DISTANCE_METRICS = {"kid": "KID ↓", "cmmd": "CMMD ↓", "fid": "FID ↓", "precision": "precision ↑", "recall": "recall ↑", "density": "density ↑",
@@ -167,7 +166,7 @@ def _ablations(targets: list[str], config: SimpleNamespace, inputs: Mapping[str,
     """Per target and thing that its variants vary: a row for it and for each of them, and a figure of their differences."""
     dice, found = comparison[comparison["metric"] == "dice"], []
     for base in targets:
-        against, axes = by_axis(config.targets, base, dice, OURS)
+        against, axes = by_axis(config.targets, base, dice)
         means = dice[dice["target"] == base].drop_duplicates("arm").set_index("arm")["mean"]
         low, high = means.get("source", np.nan), means.get("oracle", np.nan)
         for axis in axes:
@@ -208,7 +207,7 @@ def _harm(at_home: pd.DataFrame, targets: list[str]) -> dict[str, Any] | None:
 def _headline(table: pd.DataFrame, shares: dict[str, float], facts: dict[str, Any]) -> dict[str, Any]:
     """What was gained, in numbers: verb chosen by the interval, never by the mean."""
     dice = table[table["metric"] == "dice"]
-    arm = next((arm for arm in OURS if arm in set(dice["arm"])), None)
+    arm = next((arm for arm in OWN_ARMS if arm in set(dice["arm"])), None)
     if arm is None:
         return {}
     versus = {row["baseline"]: row for row in dice[(dice["arm"] == arm) & dice["difference"].notna()].to_dict("records")}

@@ -242,7 +242,7 @@ def _figures(folder: Path, project: Project, stage: str) -> dict[str, str]:
     bases = [name for name, target in project.targets.items() if target.variant_of is None]
     drawn = {"dice": figures.forest(table.drop_duplicates(["target", "arm"]), bases, "Dice, mean over held-out test images")}
     for base in bases:
-        against, axes = by_axis(project.targets, base, table, ("aligned+filtered", "aligned"))
+        against, axes = by_axis(project.targets, base, table)
         drawn |= {f"ablation-{base}-{axis.name.replace(', ', '-')}": figures.ablation(axis, base, str(against)) for axis in axes}
     return drawn
 
