@@ -1,8 +1,8 @@
 """DVC's command line, but of ``dvc.lock`` it rewrites only what has changed: ``python -m pipelines.dvc_command`` with DVC's arguments.
 
 DVC reads the whole file once more after every stage, in a way that keeps comments, of which it has none, and writes all of it anew: for 65 stages
-3 s of CPU, for twice as many twice that. Here the stage's entry is written into the text. The file is the same to the byte (tests/test_dvc.py).
-Should DVC look otherwise inside some day, or the file, DVC's own way is taken.
+3 s of CPU, for twice as many twice that. Here the stage's entry is put into the text, which then takes the file's place at once. The text is the
+same to the byte (tests/test_dvc.py). Should DVC look otherwise inside some day, or the file, DVC's own way is taken.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from alignflow_core.artifact import write_whole
 from pipelines import dvc_lock
 
 
@@ -31,7 +32,7 @@ def rewrite_only_what_changes() -> None:
             its_own(self, stages, **kwargs)
         elif after != before:
             logger.info("Updating lock file '%s'", self.relpath)
-            file.write_text(after, encoding="utf-8")
+            write_whole(file, after.encode())
             self.repo.scm_context.track_file(self.relpath)
 
     Lockfile.dump_stages = dump_stages
