@@ -180,6 +180,7 @@ def set_param(root: Path, value: object, *keys: str) -> None:
 
 DOWNSTREAM_OF_REFERENCES = ("references", "align", "sample_aligned", "sample_paired", "filter", "privacy", "segment_baselines", "segment_aligned",
                             "segment_filtered", "evaluate")
+DOWNSTREAM_OF_STAGE_2 = tuple(name for name in DOWNSTREAM_OF_REFERENCES[1:] if name != "segment_baselines")
 FAN_IN = ("compare", "report")
 
 
