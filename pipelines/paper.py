@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from alignflow_core.config import ARMS as SEGMENT_ARMS
 from alignflow_core.config import read_params
 from alignflow_core.errors import InputError
 from pipelines import local
 from pipelines.compose import merged, rewrite_params, write_params
 
-SETTINGS = ("comparators=paper", "segment.architectures=[unet,segformer,dpt]", "segment.seeds=1")  # three draws of every arm as it is
+# Three draws of every arm as it is, and every arm: a rival with colour augmentation has ours with it beside it.
+SETTINGS = ("comparators=paper", "segment.architectures=[unet,segformer,dpt]", "segment.seeds=1", f"segment.arms=[{','.join(SEGMENT_ARMS)}]")
 ARMS = ["aligned+filtered", "aligned+filtered+colour"]
 PLAIN = {"regions": "none", "recolour": False, "rounds": 1}  # without what is ours
 RIVALS: dict[str, dict[str, Any]] = {

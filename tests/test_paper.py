@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 
 from alignflow_core import paper
-from alignflow_core.config import Align, Evaluate, Training
+from alignflow_core.config import ARMS, Align, Evaluate, Training, load_project
 from alignflow_core.paper import MEAN, MEAN_SEGMENTER, downstream, downstream_page, mean_of_targets, wide
 from pipelines.cli import main
-from pipelines.paper import RIVALS, with_rivals
+from pipelines.compose import options
+from pipelines.paper import RIVALS, prepare, with_rivals
 
 PAINTERS = {"t2i-adapter", "controlnet-diffusion", "controlnet-flow", "siamese-diffusion"}
 
@@ -82,6 +83,15 @@ def test_rivals_are_variants_and_counts_belong_to_the_first_target() -> None:
     assert "a-controlnet-flow-aligned" not in with_rivals({"a": target}, {}, [])
     steps = {word: Align(**(found[f"b-{word}"]["align"] | {"training": short})).rewarded_steps for word in RIVALS}
     assert steps == {"alignprop": 60, "refl": 60, "skl-last-step": 60, "finetuned": 140, "controlnet-flow-aligned": 40}, "the time of ours"
+
+
+def test_every_arm_is_built_in_every_profile_unless_others_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()  # so that the phantom is not drawn
+    for profile in options("profile"):
+        prepare(None, "phantom", tmp_path, [f"profile={profile}"], [])
+        assert load_project(tmp_path / "params.yaml").segment.arms == ARMS
+    prepare(None, "phantom", tmp_path, ["profile=demo", "segment.arms=[source,aligned+filtered]"], [])
+    assert load_project(tmp_path / "params.yaml").segment.arms == ("source", "aligned+filtered")
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
