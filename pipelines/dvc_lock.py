@@ -18,7 +18,7 @@ def span(text: str, name: str) -> tuple[int, int] | None:
 
 
 def entry(text: str, name: str) -> dict[str, Any]:
-    """What the lock says of a stage: ``cmd``, ``deps``, ``params``, ``outs``; nothing where it has no entry.
+    """What the lock says of a stage: ``cmd``, ``deps``, ``params``, ``outs``; nothing where it has no entry, or only its beginning.
 
     Raises:
         YAMLError: the entry is no YAML, being written at this moment for instance.
@@ -26,7 +26,8 @@ def entry(text: str, name: str) -> dict[str, Any]:
     from alignflow_core.config import parse_yaml
 
     found = span(text, name)
-    return dict(parse_yaml(text[slice(*found)])[name] or {}) if found else {}
+    said = parse_yaml(text[slice(*found)])[name] if found else None
+    return said if isinstance(said, dict) else {}
 
 
 def replaced(text: str, entries: dict[str, str]) -> str | None:

@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alignflow_core.config import ARMS as SEGMENT_ARMS
-from alignflow_core.config import read_params
+from alignflow_core.config import ARMS, read_params
 from alignflow_core.errors import InputError
 from pipelines import local
 from pipelines.compose import merged, rewrite_params, write_params
 
 # Three draws of every arm as it is, and every arm: a rival with colour augmentation has ours with it beside it.
-SETTINGS = ("comparators=paper", "segment.architectures=[unet,segformer,dpt]", "segment.seeds=1", f"segment.arms=[{','.join(SEGMENT_ARMS)}]")
-ARMS = ["aligned+filtered", "aligned+filtered+colour"]
+SETTINGS = ("comparators=paper", "segment.architectures=[unet,segformer,dpt]", "segment.seeds=1", f"segment.arms=[{','.join(ARMS)}]")
+RIVAL_ARMS = ["aligned+filtered", "aligned+filtered+colour"]
 PLAIN = {"regions": "none", "recolour": False, "rounds": 1}  # without what is ours
 RIVALS: dict[str, dict[str, Any]] = {
     # AlignProp (arXiv 2310.03739): the reward alone, through the last steps, into low-rank adapters.
@@ -82,6 +81,6 @@ def with_rivals(targets: dict[str, Any], comparators: dict[str, Any], counts: Se
         if not number:
             changes |= {f"count{count}": {"references": {"count": count, "dir": None, "file": None}} for count in counts
                         if count != target["references"]["count"]}
-        found |= {f"{name}-{word}": merged(merged(target, {"arms": ARMS, "variant_of": name}), change)
+        found |= {f"{name}-{word}": merged(merged(target, {"arms": RIVAL_ARMS, "variant_of": name}), change)
                   for word, change in changes.items()}
     return found

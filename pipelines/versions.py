@@ -65,7 +65,7 @@ class Versions:
             entry = dvc_lock.entry(self._lock, node_id(*node))
         except yaml.YAMLError:  # being written at this moment
             entry = {}
-        return {each["path"]: each["md5"] for each in entry.get(side, []) if "md5" in each}
+        return {each["path"]: each["md5"] for each in entry.get(side) or [] if "md5" in each}
 
 
 def shown(text: str) -> str:

@@ -1,6 +1,7 @@
 """The project through DVC's own commands: everything once, then nothing, then exactly what a change reaches."""
 
 import copy
+import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 from toy_project import DOWNSTREAM_OF_STAGE_2, FAN_IN, REPOSITORY, calls, copied, rebuilt, replace_reference, run, set_param
 
 from pipelines import dvc_command, dvc_lock
+from pipelines.versions import Versions
 
 STAGE_COUNT = 3 + 9 + 2 * 10  # domains, shared, targets
 
@@ -58,6 +60,19 @@ def test_a_lock_file_changed_by_its_entries_is_as_dvc_writes_it(built_toy: Path,
         assert dvc_lock.entry(ours, "align@amber")["outs"] == whole["stages"]["align@amber"]["outs"]
     assert dvc_lock.entry(text, "amber") == dvc_lock.entry("", "report") == {}
     assert dvc_lock.replaced("", {"report": "x"}) is dvc_lock.replaced("schema: '2.0'\nstages: {}\n", {"report": "x"}) is None
+
+
+def test_half_a_lock_says_less_and_never_something_else(built_toy: Path, tmp_path: Path) -> None:
+    """DVC's own command writes the file in place, and others look at it meanwhile."""
+    text = (built_toy / "dvc.lock").read_text()
+    start, end = dvc_lock.span(text, "align@amber") or (0, 0)
+    whole = Versions(built_toy).md5(("align", "amber"), "outs", "artifacts/align/amber")
+    shutil.copytree(built_toy / "artifacts" / "align", tmp_path / "artifacts" / "align")
+    found = set()
+    for cut in range(start, end + 1):
+        (tmp_path / "dvc.lock").write_text(text[:cut])
+        found.add(Versions(tmp_path).md5(("align", "amber"), "outs", "artifacts/align/amber"))
+    assert whole and found == {None, whole}
 
 
 def test_dvc_writes_the_same_lock_by_our_command(built_toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
