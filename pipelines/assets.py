@@ -19,7 +19,7 @@ from alignflow_core.stages import STAGES, Stage, node_id
 from pipelines import preview
 from pipelines.checks import CHECKS, refused_input
 from pipelines.descriptions import description, kinds
-from pipelines.resources import PROCESS_TAG, StageRunner, TransientStageError, this_process
+from pipelines.resources import ENDED_BY, PROCESS_TAG, NoDvcError, StageRunner, TransientStageError, this_process
 
 # Young parts of Dagster, held in place by its pinned version: a check's state per partition, and observed inputs.
 for _feature in ("partitions_def on an AssetCheckSpec", "observable_source_asset"):
@@ -65,25 +65,47 @@ def stage_asset(project: Project, stage: Stage) -> dg.AssetsDefinition:
 def build(project: Project, runner: StageRunner, stage: str, key: str | None) -> None:
     """Build the artifact. Only what a second try may cure is tried again.
 
-    A ``RetryPolicy`` would try everything again, a run that a person has cancelled included.
+    A ``RetryPolicy`` would try everything again, a run that a person has cancelled included. What ended the step is left whole in
+    :data:`pipelines.resources.ENDED_BY`, for the terminal.
 
     Raises:
         Failure: bad input, or a stage that cannot give a usable artifact: what, why and what to do.
         RetryRequested: see :class:`pipelines.resources.TransientStageError`; after the last try it is a failure too.
     """
+    node = node_id(stage, key)
+    ENDED_BY.pop(node, None)
     try:
         refused = refused_input(project, Path(runner.root), stage, key)
         if refused:
             raise StageError(refused)
         runner.build(stage, key)
     except TransientStageError as error:
+        ENDED_BY[node] = error
         raise dg.RetryRequested(max_retries=MAX_RETRIES, seconds_to_wait=RETRY_SECONDS) from error
-    except (InputError, StageError) as error:
-        problems = str(error).splitlines()
-        remedies = [problem.rpartition("; ")[2] for problem in problems if "; " in problem]
-        raise dg.Failure(problems[0] if len(problems) == 1 else f"{problems[0]} (and {len(problems) - 1} more)", allow_retries=False, metadata={
-            "problems": dg.MetadataValue.md("\n".join(f"- {problem}" for problem in problems)), "remedy": "; ".join(dict.fromkeys(remedies)),
-            "stage": node_id(stage, key)}) from error
+    except Exception as error:
+        ENDED_BY[node] = error
+        if STAGES[stage].raw and not isinstance(error, StageError | NoDvcError):
+            raise without_names(STAGES[stage], key, error) from None
+        if isinstance(error, InputError | StageError):
+            raise in_full(node, error) from None
+        raise
+
+
+def in_full(node: str, error: InputError | StageError) -> dg.Failure:
+    """What Dagster is told where no name of a raw file can be in it."""
+    problems = str(error).splitlines()
+    remedies = [problem.rpartition("; ")[2] for problem in problems if "; " in problem]
+    return dg.Failure(problems[0] if len(problems) == 1 else f"{problems[0]} (and {len(problems) - 1} more)", allow_retries=False, metadata={
+        "problems": dg.MetadataValue.md("\n".join(f"- {problem}" for problem in problems)), "remedy": "; ".join(dict.fromkeys(remedies)),
+        "stage": node})
+
+
+def without_names(stage: Stage, key: str | None, error: Exception) -> dg.Failure:
+    """What Dagster is told of a stage that reads raw files: their names can be those of patients, and its records are kept."""
+    command = f"python -m alignflow_core stage {stage.name} --{stage.scope} {key}"
+    count = len(error.problems) if isinstance(error, InputError) else 1
+    return dg.Failure(f"{count} problem(s), which may name files and so are told on a terminal only; '{command}' lists them", allow_retries=False,
+                      metadata={"problems": count, "remedy": command, "stage": node_id(stage.name, key)})
 
 
 def track(context: dg.AssetExecutionContext, root: Path, stage: str, key: str | None) -> str | None:

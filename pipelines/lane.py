@@ -89,19 +89,23 @@ def main() -> int:
 
 
 def failure(result: Any, nodes: list[Node]) -> BaseException:
-    """The error that ended a run, as it came out of the stage, unwrapped from Dagster's."""
+    """The error that ended a run in this process, as it came out of the stage; where it was no stage's, what Dagster has of it."""
+    from pipelines.resources import ENDED_BY
+
     steps = {stage.asset: node_id(stage.name, key) for stage, key in nodes}
     events = [event for event in result.get_step_failure_events() if event.step_failure_data.error]
     if any("DagsterExecutionInterruptedError" in event.step_failure_data.error.to_string() for event in events):
         return KeyboardInterrupt()
     for event in events:
-        node, error = steps.get(event.step_key, event.step_key), event.step_failure_data.error
-        while error.cause is not None:
-            error = error.cause
-        bad_input = error.message.partition(f"{InputError.__name__}: ")[2]
-        if bad_input:
-            return InputError(*(f"{node}: {line}" for line in bad_input.strip().splitlines()))
-        return StageError(f"{node}: {error.message.partition(f'{StageError.__name__}: ')[2] or error.message}".strip())
+        node, told = steps.get(event.step_key, event.step_key), event.step_failure_data.error
+        error = ENDED_BY.pop(node, None)
+        if isinstance(error, InputError):
+            return InputError(*(f"{node}: {problem}" for problem in error.problems))
+        if error is not None:
+            return StageError(f"{node}: {error if isinstance(error, StageError) else f'{type(error).__name__}: {error}'}")
+        while told.cause is not None:
+            told = told.cause
+        return StageError(f"{node}: {told.message}".strip())
     return StageError(f"{', '.join(steps.values())}: the run failed before its first step; Dagster's record says why")
 
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import dagster as dg
@@ -29,10 +30,16 @@ STOPPING = threading.Event()  # nothing new may start in any thread
 PROCESS_TAG = "alignflow/process"
 SETTINGS = Path(__file__).with_name("dagster.yaml")  # of a project that has none of its own
 TAIL = 20_000  # bytes of a command's output that its failure is read from
+PROBLEM = b"error: "  # begins each line of bad input or of a failure, see alignflow_core.errors.exit_code
+ENDED_BY: dict[str, Exception] = {}  # node -> what ended its step in this process, with the names of files that Dagster is not told
 
 
 class TransientStageError(StageError):
     """A failure that a second try may cure: the process was killed, memory ran out, a lock was held."""
+
+
+class NoDvcError(InputError):
+    """The project is no DVC project."""
 
 
 class StageRunner(dg.ConfigurableResource):
@@ -52,6 +59,7 @@ class StageRunner(dg.ConfigurableResource):
 
         Raises:
             InputError: an input is missing or refused.
+            NoDvcError: mode ``dvc`` without DVC.
             TransientStageError: it may succeed when it is tried again.
             StageError: DVC or the stage has failed; what they said is in the log.
         """
@@ -65,7 +73,7 @@ class StageRunner(dg.ConfigurableResource):
                 raise
             return
         if not (root / ".dvc").is_dir():
-            raise InputError(f"{root}: not a DVC project; run 'git init' and 'dvc init' there, or choose the inline runner")
+            raise NoDvcError(f"{root}: not a DVC project; run 'git init' and 'dvc init' there, or choose the inline runner")
         plan = plan_stage(load_project(root / "params.yaml"), root, STAGES[stage], key)  # names a missing input better than DVC does
         if is_current(root, stage, key, plan) and Versions(root).known((stage, key)):
             return  # what DVC would find out too, in a hundredth of the time
@@ -84,7 +92,7 @@ def run_guarded(command: list[str], root: Path) -> None:
     """Run a command that goes down with this process, however that ends (see :mod:`pipelines.guardian`).
 
     A cancelled Dagster run would otherwise leave the training behind: DVC and the shell between do not pass signals on.
-    What the command says is passed on as it comes.
+    What the command says is passed on as it comes, apart from problems: these are in the error.
 
     Raises:
         InputError: a stage under it refused its input.
@@ -97,8 +105,8 @@ def run_guarded(command: list[str], root: Path) -> None:
                           stderr=theirs, start_new_session=True, env=os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1"}) as process:
         RUNNING.add(process)
         os.close(theirs)
-        said = bytearray()
-        listener = threading.Thread(target=pass_on, args=(heard, said), daemon=True)
+        said, problems = bytearray(), list[bytes]()
+        listener = threading.Thread(target=pass_on, args=(heard, said, problems), daemon=True)
         listener.start()
         try:
             if STOPPING.is_set():  # since before it was among those that run
@@ -115,16 +123,33 @@ def run_guarded(command: list[str], root: Path) -> None:
     if STOPPING.is_set() and code:
         raise StageError(f"'{' '.join(command[1:])}' was stopped; run it again, and it continues from its last saved state")
     if code:
-        raise failure(command, code, said.decode(errors="replace"))
+        raise failure(command, code, said.decode(errors="replace"), [line.decode(errors="replace").strip() for line in problems])
 
 
-def pass_on(heard: int, said: bytearray) -> None:
-    """Write to standard error what is heard, and keep its end."""
+def pass_on(heard: int, said: bytearray, problems: list[bytes]) -> None:
+    """Write to standard error what is heard, and keep its end; lines that tell of problems are kept alone.
+
+    They may name raw files, and Dagster keeps what a step writes.
+    """
+    line, passed = b"", 0  # the one at hand, and how much of it has been passed on
     with contextlib.suppress(OSError):  # so ends a terminal
         while chunk := os.read(heard, 1 << 16):
-            os.write(2, chunk)
-            said += chunk
+            for piece in chunk.splitlines(keepends=True):
+                line += piece
+                ended = line.endswith((b"\n", b"\r"))
+                if not PROBLEM.startswith(line[:len(PROBLEM)]):
+                    os.write(2, line[passed:])
+                    said += line[passed:]
+                    passed = len(line)
+                elif ended:
+                    problems.append(line.removeprefix(PROBLEM))
+                if ended:
+                    line, passed = b"", 0
             del said[:-TAIL]
+    if line.startswith(PROBLEM):  # whoever was killed ended no line
+        problems.append(line.removeprefix(PROBLEM))
+    else:
+        os.write(2, line[passed:])
     os.close(heard)
 
 
@@ -144,19 +169,19 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def failure(command: list[str], code: int, said: str) -> InputError | StageError:
-    """What a command's exit code and last words mean. DVC says what its stage ended with; its own code is always 255."""
+def failure(command: list[str], code: int, said: str, problems: Sequence[str]) -> InputError | StageError:
+    """What a command's exit code, last words and problems mean. DVC says what its stage ended with; its own code is always 255."""
     ended = re.findall(r"exited with (-?\d+)", said)
     code = int(ended[-1]) if ended else code
     code = 128 - code if code < 0 else code
     what = f"'{' '.join(command[1:])}'"
-    problems = [line.removeprefix("error: ") for line in said.splitlines() if line.startswith("error: ")]
+    passing = [problem for problem in problems if curable(problem)]
     if code in KILLED:
         return TransientStageError(f"{what} was killed ({signal.Signals(code - 128).name}); free memory if there was too little. Run it again: "
                                    "it continues from its last saved state")
-    if curable(said):
-        return TransientStageError("\n".join(problems) or f"{what} ended for want of memory or of a lock; its output says which. Run it again later")
-    if code == 2 and problems:
+    if passing or curable(said):
+        return TransientStageError("\n".join(passing) or f"{what} ended for want of memory or of a lock; its output says which. Run it again later")
+    if problems and code != 1:  # also a code that DVC did not tell: a file that is named must not pass for a failure of the stage
         return InputError(*problems)
     return StageError("\n".join(problems) or f"{what} ended with exit code {code}; its output says why")
 

@@ -163,6 +163,15 @@ def test_what_a_command_says_is_passed_on(tmp_path: Path, capfd: pytest.CaptureF
     assert capfd.readouterr().err == "step 7\n"
 
 
+def test_problems_are_told_whole_and_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code = ("err = lambda text: print(text, end='', file=sys.stderr, flush=True); err('step 7\\rerr'); time.sleep(.2); err('or: 0.png: empty\\n'); "
+            f"[err(f'error: {{n}}.png: broken; {'replace it ' * 9}\\n') for n in range(1, 400)]; err('an error: none\\nerror'); sys.exit(2)")
+    with pytest.raises(InputError) as caught:
+        resources.run_guarded(python(f"import time; {code}"), tmp_path)
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == [f"{n}.png" for n in range(400)], "more than the tail that is kept"
+    assert capfd.readouterr().err == "step 7\ran error: none\nerror"
+
+
 def test_all_threads_are_stopped_at_once_and_start_nothing_new(tmp_path: Path) -> None:
     def sleep(number: int) -> str:
         with pytest.raises(StageError) as caught:

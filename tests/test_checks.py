@@ -12,6 +12,7 @@ import yaml
 from alignflow_core.artifact import write_json
 from alignflow_core.config import load_project
 from alignflow_core.errors import InputError, StageError
+from alignflow_core.stages import STAGES
 from pipelines import assets, checks, freshness, lane
 from pipelines.checks import CHECKS, Check
 from pipelines.resources import StageRunner, TransientStageError
@@ -231,23 +232,41 @@ class Runner(StageRunner):
 
 
 @pytest.mark.parametrize(("mode", "tries", "kind", "message"), [
-    ("killed", 2, StageError, "failing: was killed"), ("refused", 1, StageError, "failing: all refused; loosen it"),
-    ("bad", 1, InputError, "failing: a.png: broken; replace it\nfailing: b.png: empty; remove it"), ("bug", 1, StageError, "failing: ValueError: 7"),
+    ("killed", 2, StageError, "mask_flow: was killed"), ("refused", 1, StageError, "mask_flow: all refused; loosen it"),
+    ("bad", 1, InputError, "mask_flow: a.png: broken; replace it\nmask_flow: b.png: empty; remove it"),
+    ("bug", 1, StageError, "mask_flow: ValueError: 7"),
 ])
 def test_what_is_tried_again_and_how_it_comes_out(root: Path, monkeypatch: pytest.MonkeyPatch, mode: str, tries: int, kind: type[Exception],
                                                   message: str) -> None:
     monkeypatch.setattr(assets, "RETRY_SECONDS", 0)
     project = load_project(root / "params.yaml")
 
-    @dg.asset
+    @dg.asset(name=STAGES["mask_flow"].asset)
     def failing() -> None:
         assets.build(project, Runner(root=str(root), mode=mode), "mask_flow", None)
 
     result = dg.materialize([failing], raise_on_error=False)
     assert len((root / "tries.txt").read_text()) == tries
-    error = lane.failure(result, [])
+    error = lane.failure(result, [(STAGES["mask_flow"], None)])
     assert type(error) is kind and str(error).strip() == message
     said = next(event.step_failure_data.user_failure_data for event in result.get_step_failure_events())
     if mode == "bad":
         assert said is not None and said.description == "a.png: broken; replace it (and 1 more)"
         assert said.metadata["remedy"].value == "replace it; remove it"
+
+
+@pytest.mark.parametrize("mode", ["bad", "bug"])
+def test_of_stages_that_read_raw_files_dagster_is_told_no_name(root: Path, mode: str) -> None:
+    project = load_project(root / "params.yaml")
+
+    @dg.asset(name=STAGES["data"].asset)
+    def failing() -> None:
+        assets.build(project, Runner(root=str(root), mode=mode), "data", "amber")
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize([failing], instance=instance, raise_on_error=False)
+        record = "".join(map(repr, instance.all_logs(result.run_id)))
+    assert "python -m alignflow_core stage data --domain amber" in record
+    assert not any(words in record for words in ("a.png", "b.png", "ValueError"))
+    whole = {"bad": "data@amber: a.png: broken; replace it\ndata@amber: b.png: empty; remove it", "bug": "data@amber: ValueError: 7"}
+    assert str(lane.failure(result, [(STAGES["data"], "amber")])) == whole[mode]

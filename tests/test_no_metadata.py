@@ -3,12 +3,15 @@
 import base64
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from PIL import Image, PngImagePlugin
+from toy_project import environment, run
 
 from alignflow_core.config import load_project
 from alignflow_core.data import case_id
@@ -92,6 +95,26 @@ def test_the_stages_that_read_raw_folders_write_pixels_and_hashes(marked: Path, 
     assert case_id("amber", f"{NAME}_amber00") in set(pd.read_parquet(out / "artifacts/data/amber/manifest.parquet")["case_id"])
     (out / "artifacts" / "planted.txt").write_text(f"... {NAME}_amber00 ...")
     assert leaks(out, SLOT, NAME) == [f"{NAME} in artifacts/planted.txt"], "the search finds what is there"
+
+
+@pytest.mark.nightly
+def test_files_that_are_refused_are_named_on_the_terminal_alone(smoke_root: Path) -> None:
+    amber = smoke_root / "data" / "target" / "amber"
+    for number in range(2):
+        (amber / "images" / f"{NAME}_{number}.png").write_text("no picture")
+    (amber / "groups.csv").write_text(f"stem,patient\n{NAME}_9,{NAME}\n")
+    subprocess.run(["git", "init", "-q"], cwd=smoke_root, check=True)
+    run(smoke_root, "-m", "dvc", "init", "-q")
+    run(smoke_root, "-m", "pipelines.dvcfile")
+    done = subprocess.run([sys.executable, "-m", "pipelines.cli", "materialize", "key:domain_splits", "--jobs", "2"], cwd=smoke_root,
+                          env=environment(smoke_root), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2, done.stderr
+    told = [line for line in done.stderr.splitlines() if NAME in line]
+    assert all(line.startswith("error: data@amber: ") for line in told) and len(told) == len(set(told)) == 5, done.stderr
+    dagster = smoke_root / ".alignflow" / "dagster"
+    assert leaks(dagster, "told on a terminal only"), "the search finds what Dagster was told"
+    assert leaks(smoke_root / ".alignflow", NAME) == [] and (smoke_root / "mlflow.db").exists()
+    assert not any(spelling in (smoke_root / "mlflow.db").read_bytes() for spelling in spellings(NAME))
 
 
 @pytest.mark.nightly
