@@ -103,7 +103,7 @@ def in_full(node: str, error: InputError | StageError) -> dg.Failure:
 def without_names(stage: Stage, key: str | None, error: Exception) -> dg.Failure:
     """What Dagster is told of a stage that reads raw files: their names can be those of patients, and its records are kept."""
     command = f"python -m alignflow_core stage {stage.name} --{stage.scope} {key}"
-    count = len(error.problems) if isinstance(error, InputError) else 1
+    count = len(str(error).splitlines()) if isinstance(error, InputError) else 1
     return dg.Failure(f"{count} problem(s), which may name files and so are told on a terminal only; '{command}' lists them", allow_retries=False,
                       metadata={"problems": count, "remedy": command, "stage": node_id(stage.name, key)})
 

@@ -1,6 +1,7 @@
 """Jobs that build a project part by part; sensors that notice changed inputs and, once switched on, build what is stale."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,18 @@ def observe(root: Path, instance: dg.DagsterInstance) -> None:
 def signature(root: Path) -> str:
     """Names, sizes and times of the input files: cheap, and equal as long as nothing was touched."""
     project = load_project(root / "params.yaml")
-    folders = {folder for stage, key in project.graph.nodes() for folder in raw_dirs(project, stage, key, root).values()}
-    files = [root / "params.yaml", *sorted(file for folder in folders for file in folder.rglob("*"))]
-    return json_hash([(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files])
+    places = {place for stage, key in project.graph.nodes() for place in raw_dirs(project, stage, key, root).values()}
+    files = [root / "params.yaml", *sorted(file for place in places for file in (place.rglob("*") if place.is_dir() else [place]))]
+    return json_hash([(str(file), _touched(file)) for file in files])
+
+
+def _touched(file: Path) -> tuple[int, int] | None:
+    """Size and time of what a name leads to; those of a link that leads nowhere; nothing where nothing is."""
+    for look in (file.stat, file.lstat):
+        with suppress(OSError):
+            found = look()
+            return found.st_size, found.st_mtime_ns
+    return None
 
 
 def inputs_sensor(root: Path) -> dg.SensorDefinition:

@@ -100,7 +100,7 @@ def failure(result: Any, nodes: list[Node]) -> BaseException:
         node, told = steps.get(event.step_key, event.step_key), event.step_failure_data.error
         error = ENDED_BY.pop(node, None)
         if isinstance(error, InputError):
-            return InputError(*(f"{node}: {problem}" for problem in error.problems))
+            return InputError(*(f"{node}: {problem}" for problem in str(error).splitlines()))
         if error is not None:
             return StageError(f"{node}: {error if isinstance(error, StageError) else f'{type(error).__name__}: {error}'}")
         while told.cause is not None:

@@ -3,9 +3,13 @@
 from pathlib import Path
 
 import dagster as dg
+import pytest
 from toy_project import copied, replace_reference, run
 
+from pipelines.automation import signature
+from pipelines.compose import write_params
 from pipelines.definitions import build_definitions
+from pipelines.local import Folders
 
 REQUESTS = """
 from pathlib import Path
@@ -40,3 +44,18 @@ def test_it_is_off(smoke_root: Path) -> None:
     definitions = build_definitions(smoke_root)
     states = {sensor.name: sensor.default_status for sensor in definitions.sensors}
     assert states["build_stale"] == dg.DefaultSensorStatus.STOPPED
+
+
+@pytest.mark.parametrize("name", ["amber.safetensors", "data/source/standard/images/gone.png"])
+def test_what_touches_an_input(smoke_root: Path, name: str) -> None:
+    """A file of moments is an input of its own, and a link that leads nowhere is one more entry of its folder."""
+    moments, data = smoke_root / "amber.safetensors", smoke_root / "data"
+    moments.write_text("moments")
+    layout = Folders(data / "source/standard", {"amber": data / "target/amber"}, str(moments)).layout()
+    write_params(smoke_root / "params.yaml", ["task=refuge", "profile=smoke"], layout)
+    before = signature(smoke_root)
+    (smoke_root / name).unlink(missing_ok=True)
+    missing = signature(smoke_root)
+    assert (missing != before) is (name == moments.name)
+    (smoke_root / name).symlink_to("nowhere")
+    assert signature(smoke_root) not in (before, missing)
