@@ -12,7 +12,7 @@ from alignflow_core.config import Project, load_project
 from alignflow_core.runner import code_hash, provenance_file, raw_dirs
 from alignflow_core.stages import Stage, artifact_dir, node_id
 from pipelines.assets import input_versions, partitions
-from pipelines.plan import causes, job_of, lanes, stale_nodes, upstream_lanes
+from pipelines.plan import Lane, causes, job_of, lanes, stale_nodes, upstream_lanes
 from pipelines.resources import fail_dead_runs
 
 DATA_VERSION_TAG = "dagster/data_version"
@@ -85,7 +85,13 @@ def inputs_sensor(root: Path) -> dg.SensorDefinition:
 
 
 def stale_sensor(root: Path, lane_jobs: Sequence[Any]) -> dg.SensorDefinition:
-    """Builds what is stale, for those who switch it on: GPU hours must not burn by surprise."""
+    """Builds what is stale, for those who switch it on: GPU hours must not burn by surprise.
+
+    A lane that came into ``params.yaml`` after its job was loaded has to wait: Dagster refuses a request for a partition it does not know,
+    and with it all others.
+    """
+    loaded = {Lane(job.name, key) for job in lane_jobs for key in (job.partitions_def.get_partition_keys() if job.partitions_def else [None])}
+
     @dg.sensor(name="build_stale", minimum_interval_seconds=30, default_status=dg.DefaultSensorStatus.STOPPED,
                jobs=lane_jobs,
                description="Builds what 'alignflow plan' calls stale: one run a domain, a target, and for what they share. Off until switched on.")
@@ -94,10 +100,14 @@ def stale_sensor(root: Path, lane_jobs: Sequence[Any]) -> dg.SensorDefinition:
         busy = context.instance.get_runs(dg.RunsFilter(statuses=UNFINISHED), limit=1)
         if busy:
             return dg.SkipReason(f"run {busy[0].run_id[:8]} is not finished")
-        now = json_hash([signature(root), *(_built_at(root, stage, key) for stage, key in load_project(root / "params.yaml").graph.nodes())])
+        nodes = list(load_project(root / "params.yaml").graph.nodes())
+        added = [str(lane) for lane in lanes(nodes) if lane not in loaded]
+        reload = f"; press Reload for what params.yaml has of late: {', '.join(added)}" if added else ""
+        now = json_hash([signature(root), sorted(map(str, loaded)), *(_built_at(root, stage, key) for stage, key in nodes)])
         if now == context.cursor:  # hashing everything is for when something was touched
-            return dg.SkipReason("nothing was touched since the last look")
-        return dg.SensorResult(run_requests=list(run_requests(root)), cursor=now)
+            return dg.SkipReason(f"nothing was touched since the last look{reload}")
+        requests = [request for request in run_requests(root) if Lane(str(request.job_name), request.partition_key) in loaded]
+        return dg.SensorResult(run_requests=requests, skip_reason=None if requests else f"nothing to build now{reload}", cursor=now)
 
     return build_stale
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+import yaml
 from toy_project import copied, replace_reference, run
 
 from pipelines.automation import signature
@@ -59,3 +60,23 @@ def test_what_touches_an_input(smoke_root: Path, name: str) -> None:
     assert (missing != before) is (name == moments.name)
     (smoke_root / name).symlink_to("nowhere")
     assert signature(smoke_root) not in (before, missing)
+
+
+def test_a_target_added_later_waits_and_the_others_do_not(smoke_root: Path) -> None:
+    definitions = build_definitions(smoke_root)
+    params = yaml.safe_load((smoke_root / "params.yaml").read_text())
+    params["domains"]["later"], params["targets"]["later"] = {"dir": "data/target/amber"}, params["targets"]["amber"] | {"domain": "later"}
+    (smoke_root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+    def look(definitions: dg.Definitions, cursor: str | None) -> tuple[set[str], str | None, str | None]:
+        with dg.DagsterInstance.ephemeral() as instance:
+            context = dg.build_sensor_context(instance, cursor, definitions=definitions)
+            tick = definitions.resolve_sensor_def("build_stale").evaluate_tick(context)
+        return {str(request.partition_key) for request in tick.run_requests or ()}, tick.skip_message, tick.cursor
+
+    asked, _, cursor = look(definitions, None)
+    assert asked == {"standard", "amber", "violet"}
+    asked, said, _ = look(definitions, cursor)
+    assert not asked and "press Reload for what params.yaml has of late: domain later, target later" in str(said)
+    asked, _, _ = look(build_definitions(smoke_root), cursor)
+    assert asked == {"standard", "amber", "violet", "later"}
