@@ -11,6 +11,7 @@ from pathlib import Path
 from alignflow_core.config import load_project
 from alignflow_core.errors import InputError
 from alignflow_core.floors import FLOORS, below
+from pipelines.workers import usable_cores
 
 PACKAGES = ("torch", "monai", "dagster", "dagster-webserver", "dvc", "mlflow", "pandas", "pyarrow", "hydra-core", "omegaconf", "pillow",
             "safetensors")
@@ -51,8 +52,7 @@ def examine(root: Path) -> Iterator[Finding]:
 
 
 def _device() -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Finding("cores", str(cores))
+    yield Finding("cores", str(usable_cores()))
     try:
         import torch
     except (ImportError, OSError) as error:

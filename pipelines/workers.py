@@ -25,9 +25,14 @@ STOP_SECONDS = 10.0  # for a training to save its state
 STOPPED = 128 + signal.SIGTERM
 
 
+def usable_cores() -> int:
+    """Cores that this process may use; all of the machine where the system does not say (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_jobs(project: Project) -> int:
     """As many stages at once as the cores hold ``machine.threads``."""
-    return max(1, len(os.sched_getaffinity(0)) // project.machine.threads)
+    return max(1, usable_cores() // project.machine.threads)
 
 
 def build_side_by_side(root: Path, project: Project, jobs: int, quiet: bool, built: Callable[[Node, bool, float], None]) -> None:

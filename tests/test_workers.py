@@ -1,6 +1,7 @@
 """Stages side by side: order, failures, and nobody left behind by an interrupt or a kill."""
 
 import multiprocessing
+import os
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from alignflow_core.errors import InputError, StageError
 from alignflow_core.stages import STAGES, node_id
 from pipelines.compose import write_params
 from pipelines.plan import Node
-from pipelines.workers import STOP_SECONDS, build_side_by_side
+from pipelines.workers import STOP_SECONDS, build_side_by_side, default_jobs
 
 LONG = ["profile=smoke", "image_flow.training.steps=1000000", "image_flow.training.save_every=1000000"]
 FEW: list[Node] = [(STAGES["data"], "standard"), (STAGES["data"], "amber"), (STAGES["references"], "amber"), (STAGES["data"], "violet")]
@@ -95,3 +96,11 @@ def test_who_asked_leaves_and_takes_the_stages_along(root: Path, number: int) ->
     started.stderr.close()
     assert not (root / "artifacts" / "image_flow").exists()
     assert list((root / ".alignflow" / "work" / "image_flow").glob("*.safetensors")), "the training's state was saved"
+
+
+@pytest.mark.parametrize(("cores", "jobs"), [(8, 4), (1, 1), (None, 1)])
+def test_jobs_where_the_system_does_not_say_which_cores_are_ours(monkeypatch: pytest.MonkeyPatch, cores: int | None, jobs: int) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    project: Any = SimpleNamespace(machine=SimpleNamespace(threads=2))
+    assert default_jobs(project) == jobs
