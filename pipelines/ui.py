@@ -12,18 +12,18 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from alignflow_core.artifact import exclusive
 from alignflow_core.config import load_project
 from alignflow_core.errors import InputError
 from alignflow_core.runner import stop_on_sigterm
-from pipelines import tracking
+from pipelines import guardian, resources, tracking
 from pipelines.automation import observe
-from pipelines.resources import dagster_home
 from pipelines.webserver import HOST
 
 DAGSTER_PORT, MLFLOW_PORT = 3000, 5000
@@ -51,7 +51,7 @@ def serve(root: Path) -> None:
         import dagster as dg
 
         experiment = tracking.experiment_id(tracking.client(root), root, project)
-        home = dagster_home(root)
+        home = resources.dagster_home(root)
         with dg.DagsterInstance.get() as instance:
             observe(root, instance)
         environment = os.environ | {"DAGSTER_HOME": str(home), "ALIGNFLOW_ROOT": str(root), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -60,8 +60,7 @@ def serve(root: Path) -> None:
         processes: list[subprocess.Popen[bytes]] = []
 
         def start(*command: str) -> None:
-            processes.append(subprocess.Popen([sys.executable, "-m", *command], cwd=root, env=environment, stdout=log, stderr=log,
-                                              start_new_session=True))
+            processes.append(start_guarded(command, root, environment, log))
 
         def wait(answers: Callable[[], bool]) -> None:
             until = time.monotonic() + START_SECONDS
@@ -112,28 +111,16 @@ def definitions_module(root: Path) -> str:
         raise InputError(f"{file}: must name one python_module with its module_name ({error!r}); see docs/scaling.md, or remove the file") from error
 
 
+def start_guarded(module: Sequence[str], root: Path, environment: Mapping[str, str], log: IO[str]) -> subprocess.Popen[bytes]:
+    """Start ``python -m`` with these words under a guardian: without it a server would outlive us where we are killed."""
+    return subprocess.Popen([sys.executable, "-P", guardian.__file__, sys.executable, "-m", *module], cwd=root, env=environment,
+                            stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
+
+
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Stop a server, and what outlives it for a moment: those that follow the log of a run."""
-    stop_group(process)
-    until = time.monotonic() + 10
-    with suppress(ProcessLookupError):
-        while time.monotonic() < until:
-            os.killpg(process.pid, 0)
-            time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def stop_group(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt a server's process group, then terminate, then kill what does not leave."""
-    for number, seconds in ((signal.SIGINT, 6.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, None)):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            continue
-        except ProcessLookupError:
-            pass
-        break
+    """Stop a server with all it has started; of one that ended by itself what it left behind, such as those that follow the log of a run."""
+    resources.stop(process)
+    resources.kill_group(process)
 
 
 def free_port(first: int) -> socket.socket:

@@ -203,3 +203,35 @@ def test_runs_whose_process_is_gone_are_failed_and_others_left() -> None:
         states = {name: instance.get_run_by_id(run.run_id).status for name, run in runs.items()}
     assert states.pop("dead") == dg.DagsterRunStatus.FAILURE
     assert set(states.values()) == {dg.DagsterRunStatus.STARTED}
+
+
+SERVER = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(120)']); time.sleep(120)"
+SERVING = """
+import os, sys, time
+from pathlib import Path
+from pipelines.ui import start_guarded, stop
+
+with open("log", "w") as log:
+    process = start_guarded(["server"], Path("."), os.environ, log)
+    sys.stdin.read()
+    stop(process)
+"""
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_server_goes_with_the_interface(tmp_path: Path, killed: bool) -> None:
+    (tmp_path / "server.py").write_text(SERVER)
+    serving = subprocess.Popen([sys.executable, "-c", SERVING], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, stdin=subprocess.PIPE)
+    try:
+        until = time.monotonic() + 60
+        while len(tree := psutil.Process(serving.pid).children(recursive=True)) < 3:
+            assert serving.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        if killed:
+            serving.kill()
+        else:
+            serving.communicate()
+        assert left_after(tree, LIMIT) == []
+    finally:
+        serving.kill()
+        serving.wait()

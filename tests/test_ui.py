@@ -160,6 +160,17 @@ def test_it_stops_in_the_middle_of_a_run_and_remembers(built_toy: Path, tmp_path
     assert alive(processes) == []
 
 
+@pytest.mark.nightly
+def test_killed_it_takes_its_servers_along(built_toy: Path, tmp_path: Path) -> None:
+    root = copied(built_toy, tmp_path)
+    with served(root) as ui:
+        processes = ui.family()
+        ui.process.kill()
+        wait_for(lambda: not alive(processes), 20)
+    with served(root) as ui:
+        assert status(ui.dagster) == status(ui.mlflow) == 200
+
+
 def worker_killed(ui: ServedUi) -> bool:
     """Whether a run was at work, whose process has been killed."""
     found = graphql(ui, "{ runsOrError { ... on Runs { results { status tags { key value } } } } }")["runsOrError"]["results"]
