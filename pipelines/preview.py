@@ -109,7 +109,7 @@ def _run_page(root: Path, run: str) -> dict[str, Any]:
         experiment = tracking.client(root).get_run(run).info.experiment_id
     except Exception:  # whatever a database may raise
         return {}
-    return {"mlflow": dg.MetadataValue.url(f"http://{ui.HOST}:{ui.MLFLOW_PORT}/#/experiments/{experiment}/runs/{run}")}
+    return {"mlflow": dg.MetadataValue.url(f"http://{ui.HOST}:{ui.last_mlflow_port(root)}/#/experiments/{experiment}/runs/{run}")}
 
 
 def _dvc(root: Path, stage: str, key: str | None) -> dict[str, Any]:

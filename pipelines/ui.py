@@ -24,9 +24,11 @@ from alignflow_core.errors import InputError
 from alignflow_core.runner import stop_on_sigterm
 from pipelines import guardian, resources, tracking
 from pipelines.automation import observe
+from pipelines.compose import write_text
 from pipelines.webserver import HOST
 
 DAGSTER_PORT, MLFLOW_PORT = 3000, 5000
+PORT_FILE = Path(".alignflow", "mlflow.port")  # for links to a run, also of what a terminal builds meanwhile
 RUNS_PAGE = "#/experiments/{}/runs?workflowType=machine_learning"  # MLflow's own first page is about chat traces
 ALLOWED_HOSTS = f"{HOST}:*,localhost:*,[[]::1]:*"  # patterns; by default MLflow takes 10.* too, and so 10.evil.example
 START_SECONDS = 300.0
@@ -57,6 +59,7 @@ def serve(root: Path) -> None:
         environment = os.environ | {"DAGSTER_HOME": str(home), "ALIGNFLOW_ROOT": str(root), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
                                     "PYTHONWARNINGS": "ignore"}
         dagster_port, mlflow_port = (taken.getsockname()[1] for taken in (dagster_socket, mlflow_socket))
+        write_text(root / PORT_FILE, f"{mlflow_port}\n")
         processes: list[subprocess.Popen[bytes]] = []
 
         def start(*command: str) -> None:
@@ -91,6 +94,14 @@ def serve(root: Path) -> None:
         finally:
             with ThreadPoolExecutor() as pool:
                 list(pool.map(stop, processes))
+
+
+def last_mlflow_port(root: Path) -> int:
+    """The port on which this project's MLflow page is shown, or was last."""
+    try:
+        return int((root / PORT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return MLFLOW_PORT
 
 
 def definitions_module(root: Path) -> str:

@@ -183,6 +183,9 @@ def test_the_page_of_a_run_and_a_tracker_that_is_gone(tmp_path: Path, monkeypatc
     monkeypatch.setattr(tracking, "client", lambda root: client)
     built(tmp_path, "align/amber", {})
     assert preview.metadata(tmp_path, "align", "amber", "r7")["mlflow"].url == "http://127.0.0.1:5000/#/experiments/3/runs/r7"
+    (tmp_path / ".alignflow").mkdir()
+    (tmp_path / ".alignflow" / "mlflow.port").write_text("5007\n")
+    assert preview.metadata(tmp_path, "align", "amber", "r7")["mlflow"].url == "http://127.0.0.1:5007/#/experiments/3/runs/r7"
 
     def locked(*_: object) -> str:
         raise OSError("database is locked")

@@ -21,6 +21,7 @@ from toy_project import copied, replace_reference, run, set_param
 
 from alignflow_core.artifact import exclusive
 from pipelines.resources import PROCESS_TAG
+from pipelines.ui import last_mlflow_port
 from pipelines.webserver import OwnPagesOnly, is_own
 
 OURS, FOREIGN = {"host": "127.0.0.1:3000"}, {"host": "127.0.0.1.evil.example:3000"}
@@ -90,6 +91,7 @@ def test_only_loopback_listens(ui: ServedUi) -> None:
     assert {connection.laddr.ip for _, connection in used} == {"127.0.0.1"}, used
     listening = {connection.laddr.port for _, connection in used if connection.status == psutil.CONN_LISTEN}
     assert listening == {urlsplit(address).port for address in (ui.dagster, ui.mlflow)}
+    assert last_mlflow_port(Path(psutil.Process(ui.process.pid).cwd())) == urlsplit(ui.mlflow).port
 
 
 SOCKET = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "A" * 22 + "==",
