@@ -62,10 +62,30 @@ def render(params: dict[str, Any], overrides: Sequence[str] = ()) -> str:
 
 
 def write_params(file: Path, overrides: Sequence[str] = (), layout: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Compose, then write ``params.yaml`` by rename; nothing is written when the configuration is wrong."""
-    params = compose(overrides, layout)
+    """Recompose, then write ``params.yaml`` by rename; nothing is written when the configuration is wrong."""
+    params = recompose(file, overrides, layout)
     write_text(file, render(params, overrides))
     return params
+
+
+def recompose(file: Path, overrides: Sequence[str] = (), layout: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Compose, and keep the variants that ``params.yaml`` has, each as what it changes of its base: a command given again loses none.
+
+    Raises:
+        InputError: wrong configuration, or ``params.yaml`` has domains or targets that would be lost.
+    """
+    params = compose(overrides, layout)
+    now, targets = _entries(file, "targets"), params["targets"]
+    refuse_to_lose(file, params)
+    for name, target in now.items():
+        base = target.get("variant_of")
+        if name not in targets and base in targets and base in now:
+            targets[name] = merged(targets[base], _changes(now[base], target))
+    lost = [name for name in now if name not in targets]
+    if lost:
+        raise InputError(f"{file}: has the targets {', '.join(lost)}, which this command would drop; give it the options of the first time, take "
+                         "them out with 'alignflow target remove', or choose another folder")
+    return as_plain(build_project(params, str(file)))
 
 
 def refuse_to_lose(file: Path, params: dict[str, Any]) -> list[str]:
@@ -74,16 +94,22 @@ def refuse_to_lose(file: Path, params: dict[str, Any]) -> list[str]:
     Raises:
         InputError: it has domains of its own, which nothing but that file knows.
     """
-    try:
-        now = read_params(file)
-    except InputError:
-        return []
     built_in = yaml.safe_load((CONF_DIR / "task" / "phantom.yaml").read_text(encoding="utf-8"))["domains"]  # profiles take some of them
-    known, own = built_in | params["domains"], now.get("domains") or {}
+    known, own = built_in | params["domains"], _entries(file, "domains")
     lost = [name for name in own if own[name] != known.get(name)]
     if lost:
-        raise InputError(f"{file}: has the domains {', '.join(lost)}, which composing it anew would drop; edit that file, or move it away first")
-    return [name for name in now.get("targets") or {} if name not in params["targets"]]
+        raise InputError(f"{file}: has the domains {', '.join(lost)}, which composing it anew would drop; edit that file, move it away first, or "
+                         "choose another folder")
+    return [name for name in _entries(file, "targets") if name not in params["targets"]]
+
+
+def _entries(file: Path, section: str) -> dict[str, Any]:
+    """Sections below ``domains`` or ``targets`` of ``params.yaml``; none where it cannot be read, for then writing it anew is the remedy."""
+    try:
+        entries = read_params(file).get(section)
+    except InputError:
+        return {}
+    return {str(name): entry for name, entry in entries.items() if isinstance(entry, dict)} if isinstance(entries, dict) else {}
 
 
 def rewrite_params(file: Path, params: dict[str, Any], origin: str) -> None:
@@ -112,6 +138,12 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """``over`` laid on ``base``, section by section; neither is changed."""
     both = {key: merged(base[key], over[key]) for key in base.keys() & over.keys() if isinstance(base[key], dict) and isinstance(over[key], dict)}
     return base | over | both
+
+
+def _changes(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """What ``over`` has otherwise than ``base``: merged into that it gives ``over`` again."""
+    return {key: _changes(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+            for key, value in over.items() if key not in base or value != base[key]}
 
 
 def _normalised(overrides: Iterable[str]) -> list[str]:

@@ -14,7 +14,7 @@ from alignflow_core.config import NAME_PATTERN, Task, build_project, load_projec
 from alignflow_core.errors import InputError
 from alignflow_core.stages import artifact_dir, node_id
 from alignflow_core.validation import nearest
-from pipelines.compose import compose, options, write_params
+from pipelines.compose import compose, options, recompose, write_params
 from pipelines.plan import Node
 
 MOMENTS_SUFFIX = ".safetensors"
@@ -95,8 +95,10 @@ def task_named(name: str, overrides: Sequence[str] = ()) -> Task:
 def prepare_run(folders: Folders, task: str, out: Path, overrides: Sequence[str]) -> None:
     """Check every folder and option, then write ``out/params.yaml``; without a profile among the overrides it is ``cpu``.
 
+    Variants that it has already stay.
+
     Raises:
-        InputError: all problems of all folders, files of moments and options; nothing has been written then.
+        InputError: all problems of all folders, files of moments and options, or other domains or targets there; nothing has been written then.
     """
     from alignflow_core.folders import check_folder
     from alignflow_core.reference_moments import read_moments
@@ -110,7 +112,7 @@ def prepare_run(folders: Folders, task: str, out: Path, overrides: Sequence[str]
     settings = [f"task={task}", *([] if any(o.startswith("profile=") for o in overrides) else ["profile=cpu"]), *overrides]
     try:
         layout = _unless_asked_otherwise(folders.layout(), overrides)
-        masks_as = build_project(compose(settings, layout)).task
+        masks_as = build_project(recompose(out / "params.yaml", settings, layout)).task
     except InputError as error:
         problems += error.problems
         masks_as = task_named(task)

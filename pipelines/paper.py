@@ -76,7 +76,8 @@ def prepare(folders: local.Folders | None, task: str, root: Path, overrides: Seq
 def with_rivals(targets: dict[str, Any], comparators: dict[str, Any], counts: Sequence[int]) -> dict[str, Any]:
     """Targets and their variants: every rival whose painter there is, and for the first target other numbers of references."""
     found = dict(targets)
-    for number, (name, target) in enumerate(targets.items()):
+    bases = {name: target for name, target in targets.items() if target.get("variant_of") is None}
+    for number, (name, target) in enumerate(bases.items()):
         changes = {word: change for word, change in RIVALS.items() if change.get("painter") is None or change["painter"] in comparators}
         if not number:
             changes |= {f"count{count}": {"references": {"count": count, "dir": None, "file": None}} for count in counts

@@ -1,5 +1,6 @@
 """The command line: exit codes, words of errors, what is written and what is not."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from alignflow_core.config import Task
+from alignflow_core.config import Task, load_project
 from alignflow_core.pairs import Pairs, write_pairs
 from alignflow_core.stages import artifact_dir
 from pipelines.cli import main
@@ -140,6 +141,42 @@ def test_run_builds_a_report_then_finds_it_up_to_date_and_exports(phantom_root: 
     for part in ("images", "masks"):
         assert {file.stem for file in (tmp_path / "pairs" / "amber" / part).iterdir()} == set(table["pair_id"].astype(str))
     assert len(table) == kept
+
+
+def test_a_command_given_again_loses_no_variant(phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variant stays what it changes of its base, whatever else the command changes."""
+    monkeypatch.setattr("pipelines.local.run_all", lambda root, *_: root)
+    monkeypatch.setattr("pipelines.local.write_builtin_data", lambda root: None)
+    for name, command in (("run", run_arguments(phantom_root, tmp_path / "run")), ("demo", ["demo", "--out", str(tmp_path / "demo"), "profile=smoke"])):
+        file = tmp_path / name / "params.yaml"
+        assert main(command) == 0
+        assert main(["ablate", "--root", str(file.parent), "--target", "amber", "reward=skl,mmd"]) == 0
+        before = file.read_bytes()
+        assert main(command) == 0
+        assert file.read_bytes() == before
+        assert main([*command, "align.rho=0.7"]) == 0
+        project = load_project(file)
+        assert project.targets["amber-mmd"].align == dataclasses.replace(project.targets["amber"].align, reward="mmd")
+        assert project.targets["amber-mmd"].align.rho == 0.7
+
+
+def test_a_command_given_otherwise_loses_no_project(phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("pipelines.local.run_all", lambda root, *_: root)
+    monkeypatch.setattr("pipelines.local.write_builtin_data", lambda root: None)
+    own, two = tmp_path / "own", tmp_path / "two"
+    assert main(["init", "--root", str(own), "--source", "a", "--target", "b", "--task", "binary"]) == 0
+    demo = ["demo", "profile=smoke", "--out"]
+    assert main([*demo, str(two)]) == 0
+    one = run_arguments(phantom_root, tmp_path / "run")
+    assert main([*one, "--target", f"violet={phantom_root / 'data/target/violet'}"]) == 0
+    for file, command, words in ((own / "params.yaml", [*demo, str(own)], "has the domains a, b, which composing it anew would drop"),
+                                 (own / "params.yaml", run_arguments(phantom_root, own), "has the domains a, b"),
+                                 (two / "params.yaml", [*demo, str(two), "targets.violet=null"], "has the targets violet, which this command would drop"),
+                                 (tmp_path / "run/params.yaml", one, "has the domains violet")):
+        before = file.read_bytes()
+        assert main(command) == 2
+        assert words in capsys.readouterr().err and file.read_bytes() == before
 
 
 def test_interruption_is_exit_code_130(phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

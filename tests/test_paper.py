@@ -11,6 +11,7 @@ import pytest
 from alignflow_core import paper
 from alignflow_core.config import ARMS, Align, Evaluate, Training, load_project
 from alignflow_core.paper import MEAN, MEAN_SEGMENTER, downstream, downstream_page, mean_of_targets, wide
+from pipelines.ablate import write_variants
 from pipelines.cli import main
 from pipelines.compose import options
 from pipelines.paper import RIVALS, prepare, with_rivals
@@ -86,12 +87,21 @@ def test_rivals_are_variants_and_counts_belong_to_the_first_target() -> None:
 
 
 def test_every_arm_is_built_in_every_profile_unless_others_are_asked_for(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()  # so that the phantom is not drawn
     for profile in options("profile"):
-        prepare(None, "phantom", tmp_path, [f"profile={profile}"], [])
-        assert load_project(tmp_path / "params.yaml").segment.arms == ARMS
-    prepare(None, "phantom", tmp_path, ["profile=demo", "segment.arms=[source,aligned+filtered]"], [])
-    assert load_project(tmp_path / "params.yaml").segment.arms == ("source", "aligned+filtered")
+        (tmp_path / profile / "data").mkdir(parents=True)  # so that the phantom is not drawn
+        prepare(None, "phantom", tmp_path / profile, [f"profile={profile}"], [])
+        assert load_project(tmp_path / profile / "params.yaml").segment.arms == ARMS
+    prepare(None, "phantom", tmp_path / "demo", ["profile=demo", "segment.arms=[source,aligned+filtered]"], [])
+    assert load_project(tmp_path / "demo" / "params.yaml").segment.arms == ("source", "aligned+filtered")
+
+
+def test_the_same_command_again_keeps_rivals_and_variants(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    prepare(None, "phantom", tmp_path, ["profile=smoke"], [2])
+    write_variants(tmp_path, ["amber"], ["align.rho=0.5"])
+    before = load_project(tmp_path / "params.yaml")
+    prepare(None, "phantom", tmp_path, ["profile=smoke"], [2])
+    assert load_project(tmp_path / "params.yaml") == before, "nor are there rivals of rivals"
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
