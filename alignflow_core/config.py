@@ -17,6 +17,8 @@ from alignflow_core.stages import Graph
 from alignflow_core.validation import at_least, between, build, nearest, one_of, positive
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}"
+# What YAML 1.1 (ours) or 1.2 (DVC's) reads as a number, a date or a word of its own: DVC would look for align@8 where we say align@08.
+NO_TEXT = r"[0-9][0-9_]*([eE]-?[0-9]+)?|0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}|(?i:null|true|false|yes|no|on|off)"
 
 # The downstream arms, which say what images a segmenter is trained on, by the stage that trains them: it reads what these need and nothing else.
 STAGE_ARMS = {
@@ -34,6 +36,13 @@ TARGET_ARMS = tuple(arm for arm in ARMS if arm not in SHARED_ARMS)
 
 COLOUR = "+colour"  # suffix of an arm under strong colour augmentation; a comparator's arms are its name without and with it
 REWARD_COST = 5  # steps of the denoising loss alone that one with the reward takes the time of (64 px; twice as many at 48)
+
+
+def wrong_name(name: str) -> str:
+    """Why a domain, target or comparator cannot be called so, and what to do; empty where it can."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        return "a name is letters, digits, '-' and '_' (at most 63); choose another"
+    return f"YAML reads '{name}' as a number, a date or a yes or no; write for instance site{name}" if re.fullmatch(NO_TEXT, name) else ""
 
 
 def in_order(arms: typing.Iterable[str]) -> tuple[str, ...]:
@@ -615,9 +624,8 @@ class Project:
     report: Report = field(default_factory=Report)
 
     def __post_init__(self) -> None:
-        problems = [f"{kind}.{name}: a name is letters, digits, '-' and '_' (at most 63); rename it"
-                    for kind, names in (("domains", self.domains), ("targets", self.targets), ("comparators", self.comparators)) for name in names
-                    if not re.fullmatch(NAME_PATTERN, name)]
+        problems = [f"{kind}.{name}: {why}" for kind, names in (("domains", self.domains), ("targets", self.targets), ("comparators", self.comparators))
+                    for name in names if (why := wrong_name(name))]
         if self.source not in self.domains:
             problems.append(f"source: '{self.source}' is not among domains{nearest(self.source, self.domains)}")
         for name, target in self.targets.items():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignflow_core.config import NAME_PATTERN, Task, build_project, load_project
+from alignflow_core.config import Task, build_project, load_project, wrong_name
 from alignflow_core.errors import InputError
 from alignflow_core.stages import artifact_dir, node_id
 from alignflow_core.validation import nearest
@@ -45,8 +45,7 @@ class Folders:
         Raises:
             InputError: bad target name, or a folder given twice.
         """
-        problems = [f"--target {name}={folder}: a name is letters, digits, '-' and '_' (at most 63); write NAME=DIR"
-                    for name, folder in self.targets.items() if not re.fullmatch(NAME_PATTERN, name)]
+        problems = [f"--target {name}={folder}: {why}" for name, folder in self.targets.items() if (why := wrong_name(name))]
         problems += [f"--target {name}={folder}: is the source folder too; give the target's own folder"
                      for name, folder in self.targets.items() if folder.resolve() == self.source.resolve()]
         if len(self.targets) > 1 and Path(self.references).is_file():
@@ -55,7 +54,7 @@ class Folders:
         if problems:
             raise InputError(*problems)
         source = re.sub(r"[^A-Za-z0-9_-]+", "-", self.source.resolve().name).strip("-_")[:50] or "source"
-        source = f"{source}-source" if source in self.targets else source
+        source = f"{source}-source" if source in self.targets or wrong_name(source) else source
         domains = {source: self.source} | dict(self.targets)
         return {"source": source,
                 "domains": {name: {"dir": str(folder.resolve())} for name, folder in domains.items()},

@@ -3,11 +3,10 @@
 What the other targets are built from stays as it is, so nothing of theirs becomes stale.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
-from alignflow_core.config import NAME_PATTERN, load_project, read_params
+from alignflow_core.config import load_project, read_params, wrong_name
 from alignflow_core.errors import InputError
 from alignflow_core.folders import check_folder
 from alignflow_core.validation import nearest
@@ -34,8 +33,8 @@ def add(root: Path, name: str, references: str, like: str | None = None, domain:
     project = load_project(root / "params.yaml")
     model = like or next(iter(project.targets))
     problems = []
-    if not re.fullmatch(NAME_PATTERN, name):
-        problems.append(f"target '{name}': a name is letters, digits, '-' and '_' (at most 63); choose another")
+    if why := wrong_name(name):
+        problems.append(f"target '{name}': {why}")
     elif name in project.targets:
         problems.append(f"target '{name}': is there already; remove it first, or choose another name")
     if model not in project.targets:

@@ -97,6 +97,7 @@ def run_arguments(root: Path, out: Path, **changed: str) -> list[str]:
     ({"source": "/nowhere/at-all"}, ["/nowhere/at-all"]),
     ({"target": "amber"}, ["NAME=DIR"]),
     ({"target": "am ber=/nowhere"}, ["letters, digits", "/nowhere"]),
+    ({"target": "08=/nowhere"}, ["YAML reads '08' as a number", "site08"]),
     ({"references": "/no/references"}, ["/no/references", "no such folder"]),
     ({"references": "0"}, ["references.count", "at least 1"]),
     ({"task": "phantom"}, ["--task phantom", "refuge"]),

@@ -1,15 +1,17 @@
 """Each rule of the configuration: a value that breaks it is refused in one line that names its key."""
 
 import copy
+import itertools
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ruamel.yaml import YAML
 
 from alignflow_core import config
-from alignflow_core.config import build_project, load_project
+from alignflow_core.config import build_project, load_project, wrong_name
 from alignflow_core.errors import InputError
 from alignflow_core.validation import at_least, between, one_of, positive
 
@@ -87,6 +89,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "name that is a path": ({"targets": {"../b": {"domain": "b"}}}, "a name is letters, digits"),
     "name that begins well": ({"comparators": {"net/../x": {}}}, "comparators.net/../x: a name is letters"),
     "name of two lines": ({"comparators.net\n": {}}, "a name is letters, digits"),
+    "name that is a number to DVC": ({"targets": {"08": {"domain": "b"}}}, "targets.08: YAML reads '08' as a number"),
     "source of no domain": ({"source": "c"}, "source: 'c' is not among domains"),
     "target of no domain": ({"targets.b.domain": "c"}, "targets.b.domain: 'c' is not among domains"),
     "variant of nothing": ({"targets.b.variant_of": "c"}, "targets.b.variant_of: 'c' is not among targets"),
@@ -129,6 +132,15 @@ def refusal(changes: dict[str, Any]) -> str:
     with pytest.raises(InputError) as caught:
         build_project(changed(changes))
     return str(caught.value)
+
+
+def test_a_name_is_text_to_every_reader_of_yaml() -> None:
+    """DVC reads by ruamel's YAML 1.2, we by PyYAML's 1.1."""
+    words = [*map("".join, itertools.product("0179befox_-", repeat=3)), "1e-3", "0o17", "1_0_0", "0x1F", "2001-01-01", "null", "True", "no", "off", "y", "nan"]
+    for word in words:
+        if re.fullmatch(config.NAME_PATTERN, word):
+            read = str(YAML(typ="safe", pure=True).compose(word).tag), str(yaml.compose(word, yaml.SafeLoader).tag)
+            assert (wrong_name(word) == "") == all(tag.endswith(":str") for tag in read), word
 
 
 def test_the_whole_configuration_is_fine() -> None:
