@@ -91,6 +91,13 @@ def task_named(name: str, overrides: Sequence[str] = ()) -> Task:
     return build_project(compose([f"task={name}", *overrides], anywhere)).task
 
 
+def wrong_task(task: str, overrides: Sequence[str]) -> list[str]:
+    """What is wrong with a task for folders of one's own; nothing if it is fine."""
+    valid = tuple(name for name in options("task") if name != "phantom")  # which brings data of its own; its masks are those of refuge
+    problems = [] if task in valid else [f"--task {task}: not a task for folders of one's own{nearest(task, valid)}"]
+    return problems + [f"{override}: the task is said twice; give --task alone" for override in overrides if override.startswith("task=")]
+
+
 def prepare_run(folders: Folders, task: str, out: Path, overrides: Sequence[str]) -> None:
     """Check every folder and option, then write ``out/params.yaml``; without a profile among the overrides it is ``cpu``.
 
@@ -105,9 +112,8 @@ def prepare_run(folders: Folders, task: str, out: Path, overrides: Sequence[str]
     problems: list[str] = []
     if out.exists() and not out.is_dir():
         problems.append(f"--out {out}: is a file; give a folder")
-    if task not in options("task") or task == "phantom":
-        valid = tuple(name for name in options("task") if name != "phantom")  # its masks are those of refuge
-        raise InputError(*problems, f"--task {task}: not a task for folders of one's own{nearest(task, valid)}")
+    if wrong := wrong_task(task, overrides):
+        raise InputError(*problems, *wrong)
     settings = [f"task={task}", *([] if any(o.startswith("profile=") for o in overrides) else ["profile=cpu"]), *overrides]
     try:
         layout = _unless_asked_otherwise(folders.layout(), overrides)

@@ -1,5 +1,6 @@
 """``alignflow init``: a project of one's own, empty of images: settings, folders, and what git, DVC and Dagster need to find it."""
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -7,8 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from alignflow_core.config import build_project
 from alignflow_core.errors import InputError
-from pipelines.compose import write_params, write_text
+from pipelines import dvcfile
+from pipelines.compose import compose, render, write_text
+from pipelines.local import wrong_task
 
 IGNORED = """\
 # what a project produces, and its images: DVC versions them
@@ -50,8 +54,10 @@ def init(root: Path, source: str, targets: Sequence[str], references: int | None
         what is left for the user to do, a line each.
 
     Raises:
-        InputError: a project is there already, or a wrong name or setting; nothing is written then.
+        InputError: a project is there already, or a wrong name, task or setting; nothing is written then.
     """
+    if wrong := wrong_task(task, overrides):
+        raise InputError(*wrong)
     if (root / "params.yaml").exists():
         raise InputError(f"{root / 'params.yaml'}: a project is here already; change it with 'alignflow target' or by hand, or choose another folder")
     if source in targets:
@@ -61,7 +67,8 @@ def init(root: Path, source: str, targets: Sequence[str], references: int | None
     layout: dict[str, Any] = {"source": source, "domains": domains,
                               "targets": {name: {"domain": name, "references": drawn[name]} for name in targets}}
     profile = [] if any(o.startswith("profile=") for o in overrides) else ["profile=cpu"]
-    write_params(root / "params.yaml", [f"task={task}", *profile, *overrides], layout)
+    overrides = [f"task={task}", *profile, *overrides]
+    params = compose(overrides, layout)
     folders = [domain["dir"] for domain in domains.values()]
     for folder in folders:
         for part in ("images", "masks"):
@@ -74,13 +81,12 @@ def init(root: Path, source: str, targets: Sequence[str], references: int | None
         if not (root / name).exists():
             write_text(root / name, text)
     _version_control(root)
-    from pipelines import dvcfile
-
-    dvcfile.write(root)
-    where = "" if root.resolve() == Path.cwd() else f"cd {root}; "
-    return [f"put images and masks into {', '.join(folders)}" + (f", reference images into {', '.join(references_dirs)}" if references_dirs else ""),
-            *(f"{where}alignflow check {folder} --task {task}" for folder in folders),
-            f"{where}dvc add data; git add -A; git commit", f"{where}alignflow materialize; alignflow ui"]
+    write_text(root / "dvc.yaml", dvcfile.render(build_project(params), root))
+    write_text(root / "params.yaml", render(params, overrides))  # last: until it is there, the same command begins again
+    return [*([] if root.resolve() == Path.cwd() else [f"cd {shlex.quote(str(root))}"]),
+            f"put images and masks into {', '.join(folders)}" + (f", reference images into {', '.join(references_dirs)}" if references_dirs else ""),
+            *(f"alignflow check {folder} --task {task}" for folder in folders),
+            "dvc add data; git add -A; git commit", "alignflow materialize; alignflow ui"]
 
 
 def _version_control(root: Path) -> None:
@@ -95,4 +101,6 @@ def _version_control(root: Path) -> None:
         at_top = inside and (root / ".git").exists()
         kind = [] if at_top else ["--subdir"] if inside else ["--no-scm"]
         subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet", *kind], cwd=root, check=True)
-        write_text(root / ".dvc" / "config", DVC_CONFIG if inside else f"{DVC_CONFIG}    no_scm = true\n")
+    config = root / ".dvc" / "config"
+    if not config.exists() or config.read_text(encoding="utf-8").split() in ([], ["[core]", "no_scm", "=", "True"]):  # as 'dvc init' leaves it
+        write_text(config, DVC_CONFIG if inside else f"{DVC_CONFIG}    no_scm = true\n")

@@ -12,6 +12,7 @@ from alignflow_core.config import build_project, load_project, read_params
 from alignflow_core.errors import InputError
 from pipelines import dvcfile, targets
 from pipelines.cli import main
+from pipelines.compose import write_text
 from pipelines.scaffold import init
 
 
@@ -98,10 +99,43 @@ def test_init_writes_a_project_that_the_data_fit_into(phantom_root: Path, tmp_pa
 def test_init_with_reference_folders(tmp_path: Path) -> None:
     steps = init(tmp_path / "mine", "a", ["b", "c"], None, "binary", ["profile=smoke"])
     assert (tmp_path / "mine/data/references/c/images").is_dir()
-    assert "reference images into data/references/b, data/references/c" in steps[0]
+    assert "reference images into data/references/b, data/references/c" in steps[1]
     with pytest.raises(InputError, match="is a target too"):
         init(tmp_path / "other", "a", ["a"], None, "binary", [])
     assert not (tmp_path / "other").exists()
+
+
+def test_init_interrupted_anywhere_is_completed_by_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``params.yaml``, which says that a project is there, comes last."""
+    root, whole = tmp_path / "mine", tmp_path / "whole"
+    command = ["--source", "a", "--target", "b", "--task", "binary", "profile=smoke"]
+    assert main(["init", "--root", str(whole), *command]) == 0
+    written = sorted(file.name for file in whole.iterdir())
+
+    def interrupted(file: Path, text: str) -> None:
+        if file.name == name:
+            raise KeyboardInterrupt
+        write_text(file, text)
+
+    for name in ("dagster.yaml", "config", "dvc.yaml", "params.yaml"):
+        monkeypatch.setattr("pipelines.scaffold.write_text", interrupted)
+        assert main(["init", "--root", str(root), *command]) == 130
+        assert not (root / "params.yaml").exists()
+    monkeypatch.setattr("pipelines.scaffold.write_text", write_text)
+    assert main(["init", "--root", str(root), *command]) == 0
+    assert sorted(file.name for file in root.iterdir()) == written and (root / ".dvc/config").read_text() == (whole / ".dvc/config").read_text()
+
+
+@pytest.mark.parametrize("task", [["--task", "phantom"], ["--task", "binary", "task=phantom"]])
+def test_the_built_in_data_do_not_replace_ones_own(task: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "--root", str(tmp_path / "mine"), "--source", "a", "--target", "b", *task]) == 2
+    assert "task" in capsys.readouterr().err and not (tmp_path / "mine").exists()
+
+
+def test_the_steps_of_init_can_be_followed_in_one_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "--root", str(tmp_path / "my project"), "--source", "a", "--target", "b", "--task", "binary"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"1. cd '{tmp_path / 'my project'}'\n2. put images") and told.count("cd ") == 1
 
 
 def test_an_experiment_leaves_the_targets_their_own(smoke_root: Path) -> None:
