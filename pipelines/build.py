@@ -45,6 +45,8 @@ def materialize(root: Path, selection: str | None = None, target: str | None = N
         raise InputError(f"target '{target}': not one of {', '.join(project.targets)}")
     definitions = build_definitions(root, mode)
     nodes = list(chosen(project, None if selection is None else selected_stages(definitions, selection), target))
+    if not nodes:
+        raise InputError(f"selection '{selection}': holds nothing that target '{target}' needs; leave out --target, or select what it is built from")
     dagster_home(root)
     with dg.DagsterInstance.get() as instance:
         observe(root, instance)

@@ -12,6 +12,7 @@ from toy_project import REPOSITORY
 from alignflow_core.config import Project, build_project
 from alignflow_core.stages import PACKAGE_DIR, STAGES, artifact_dir, node_id, source_files
 from pipelines import build, dvcfile
+from pipelines.cli import main
 from pipelines.definitions import build_definitions
 
 # a source, two domains, three targets: two of one domain, one with references drawn from the domain
@@ -130,6 +131,11 @@ def test_selections_by_text(definitions: dg.Definitions) -> None:
     downstream = dg.AssetSelection.from_string('key:"metrics"+').resolve(definitions.resolve_asset_graph())
     assert {key.to_user_string() for key in downstream} == {"metrics", "comparison", "report"}
     assert build.selected_stages(definitions, "key:report") == {"report"}
+
+
+def test_a_selection_that_a_target_has_no_part_in_is_told(smoke_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["materialize", "key:report", "--target", "amber", "--root", str(smoke_root)]) == 2
+    assert "selection 'key:report': holds nothing that target 'amber' needs" in capsys.readouterr().err
 
 
 def test_one_target_with_all_it_needs(project: Project) -> None:
