@@ -1,7 +1,15 @@
 """The two errors whose message says everything: bad input, and work that cannot succeed as configured."""
 
+import contextlib
+import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+NO_FOLDER, NO_RIGHT = "a file is where a folder is meant; give another path", "give a place that you may write to, or change its permissions"
+# Errors of the file system that a path given by a user leads to, and their remedies.
+PATH_ERRORS = {errno.EEXIST: NO_FOLDER, errno.ENOTDIR: NO_FOLDER, errno.EISDIR: "a folder is where a file is meant; give another path",
+               errno.ENOENT: "create it or correct the path", errno.ENAMETOOLONG: "give a shorter one",
+               errno.EACCES: NO_RIGHT, errno.EPERM: NO_RIGHT, errno.EROFS: NO_RIGHT}
 
 
 class InputError(Exception):
@@ -18,6 +26,20 @@ class InputError(Exception):
 
 class StageError(Exception):
     """A stage that ran and cannot give a usable artifact: the message says why and what to change; exit code 1."""
+
+
+@contextlib.contextmanager
+def told_paths() -> Iterator[None]:
+    """Turn what the file system says of a path into bad input; other errors of it, such as of a broken disk, stay what they are.
+
+    For the command line: what a stage says of its own files is a failure of the stage.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or error.errno not in PATH_ERRORS:
+            raise
+        raise InputError(f"{error.filename}: {error.strerror}; {PATH_ERRORS[error.errno]}") from error
 
 
 def exit_code(command: Callable[[], int]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from alignflow_core.config import build_project, read_params
+from alignflow_core.config import build_project, load_project, read_params
 from alignflow_core.errors import InputError
 from alignflow_core.validation import nearest
 from pipelines.compose import CONF_DIR, GROUPS, as_plain, merged, options, rewrite_params
@@ -38,8 +38,9 @@ def write_variants(root: Path, bases: Sequence[str], axes: Sequence[str], grid: 
         InputError: unknown target, key, group or value; nothing is written then.
     """
     file = root / "params.yaml"
+    load_project(file)  # what is wrong there already is no fault of the axes
     params = read_params(file)
-    targets: dict[str, Any] = params.get("targets", {})
+    targets: dict[str, Any] = params["targets"]
     unknown = [f"--target {name}: not in {file}{nearest(name, targets)}" for name in bases if name not in targets]
     if unknown:
         raise InputError(*unknown)
@@ -83,7 +84,10 @@ def _axis(text: str) -> Axis:
         *path, last = key.split(".")
         for part in path:
             place[part] = place = {}
-        place[last] = yaml.safe_load(value)
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"{text}: '{value}' is no value of YAML; a list cannot be varied, for a comma parts values") from error
         if key in DRAWN:
             change["references"] |= {"dir": None, "file": None}
         word = f"{last}-{value}" if value[:1].isalpha() else f"{last}{value}"

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from alignflow_core.errors import InputError, exit_code
+from alignflow_core.errors import InputError, exit_code, told_paths
 
 STALE = 3
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; exit code 0 fine, 1 failure, 2 bad input or usage, 3 something is stale, 130 or 143 interrupted."""
+    """Run one command; exit code 0 fine, 1 failure or findings, 2 bad input or usage, 3 something is stale, 130 or 143 interrupted."""
     grammar = parser()
     options, rest = grammar.parse_known_args(arguments)
     if any("=" not in word or word.startswith("-") for word in rest) or (rest and "overrides" not in options):
@@ -20,14 +20,19 @@ def main(arguments: list[str] | None = None) -> int:
     if rest:  # argparse takes what follows an option for no part of the list before it
         options.overrides += rest
     command: Callable[[argparse.Namespace], int] = options.command
-    return exit_code(lambda: command(options))
+
+    def work() -> int:
+        with told_paths():
+            return command(options)
+
+    return exit_code(work)
 
 
 def parser() -> argparse.ArgumentParser:
     """The grammar of every command."""
     top = argparse.ArgumentParser(prog="alignflow",
                                   description="Image and mask pairs in the look of a target clinic, from a few unlabelled images of it.",
-                                  epilog="Exit codes: 0 fine, 1 failure, 2 bad input or usage, 3 something is stale.")
+                                  epilog="Exit codes: 0 fine, 1 failure (doctor and audit: something was found), 2 bad input or usage, 3 something is stale.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str, epilog: str | None = None) -> argparse.ArgumentParser:

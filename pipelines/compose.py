@@ -37,6 +37,10 @@ def compose(overrides: Sequence[str] = (), layout: dict[str, Any] | None = None)
         InputError: unknown key, group, name or value, with the nearest valid one.
     """
     raw = _hydra(_normalised(overrides))
+    wrong = [f"configuration: {key}: must be a section, got {raw[key]!r}" for key in ("domains", "targets", *TARGET_DEFAULTS)
+             if not isinstance(raw.get(key, {}), dict)]
+    if wrong:
+        raise InputError(*wrong)
     given = {name: target for name, target in raw.pop("targets", {}).items() if target is not None}
     if layout:
         raw = merged(layout, raw)
@@ -46,7 +50,7 @@ def compose(overrides: Sequence[str] = (), layout: dict[str, Any] | None = None)
                          "source=NAME domains.NAME.dir=DIR for each domain and targets.NAME.domain=NAME for each target")
     defaults = {section: raw.pop(section, {}) for section in TARGET_DEFAULTS}
     raw["targets"] = {name: merged(defaults, target) if isinstance(target, dict) else target for name, target in given.items()}
-    used = {raw.get("source")} | {target.get("domain") for target in raw["targets"].values() if isinstance(target, dict)}
+    used = [raw.get("source"), *(target.get("domain") for target in raw["targets"].values() if isinstance(target, dict))]
     raw["domains"] = {name: domain for name, domain in raw.get("domains", {}).items() if name in used}
     try:
         project = build_project(raw, "configuration")
@@ -153,6 +157,8 @@ def _normalised(overrides: Iterable[str]) -> list[str]:
         key, equals, value = override.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][\w.@+-]*", key):
             problems.append(f"'{override}': not key=value; write for instance profile=cpu or align.rho=2")
+        elif key.partition(".")[0] == "hydra":  # Hydra would take it for a setting of its own, and nothing would come of it
+            problems.append(f"{override}: unknown key; leave it out, params.yaml has no settings of Hydra")
         elif key in GROUPS and value not in options(key):
             problems.append(f"{override}: unknown {key} '{value}'{nearest(value, options(key))}")
         else:

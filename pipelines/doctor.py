@@ -29,7 +29,9 @@ class Finding:
 
 
 def examine(root: Path) -> Iterator[Finding]:
-    """Look at packages, device, disk, telemetry and the project in ``root``."""
+    """Look at packages, device, disk, telemetry and the project in ``root``. Raises :class:`InputError` where that is no folder."""
+    if not root.is_dir():
+        raise InputError(f"--root {root}: no such folder; create it or correct the path")
     yield Finding("python", sys.version.split()[0])
     for package in PACKAGES:
         try:

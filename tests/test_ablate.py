@@ -43,13 +43,21 @@ def test_a_grid_has_every_combination(root: Path) -> None:
 
 @pytest.mark.parametrize(("axis", "said"), [
     ("reward", "not KEY=VALUE,VALUE"), ("reward=frechit", "did you mean 'frechet'"), ("profile=cpu", "not a target's own"),
-    ("align.rhoo=1", "align.rhoo: unknown key"), ("align.rho=fast", "must be float"), ("references.count=0", "must be at least 1"),
+    ("align.rho=[1", "is no value of YAML"), ("align.rhoo=1", "align.rhoo: unknown key"), ("align.rho=fast", "must be float"), ("references.count=0", "must be at least 1"),
 ])
 def test_a_wrong_axis_is_refused_and_nothing_written(root: Path, axis: str, said: str) -> None:
     text = (root / "params.yaml").read_text()
     with pytest.raises(InputError, match=said.replace("(", r"\(")):
         write_variants(root, ["amber"], [axis])
     assert (root / "params.yaml").read_text() == text
+
+
+@pytest.mark.parametrize(("targets", "said"), [(1, "targets: must be dict"), ({"a": 1}, "targets.a: must be a section, got 1")])
+def test_wrong_targets_are_the_file_s_fault(root: Path, targets: object, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = root / "params.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"targets": targets}))
+    assert main(["ablate", "--root", str(root), "reward=skl"]) == 2
+    assert f"{file}: {said}" in capsys.readouterr().err
 
 
 def test_command_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

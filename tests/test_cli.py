@@ -1,6 +1,7 @@
 """The command line: exit codes, words of errors, what is written and what is not."""
 
 import dataclasses
+import errno
 import json
 import shutil
 import subprocess
@@ -62,8 +63,29 @@ def test_compose_drops_no_data_of_ones_own(tmp_path: Path, capsys: pytest.Captur
     assert main(["compose", "profile=smoke", "--root", str(file.parent)]) == 2
     told = capsys.readouterr().err
     assert "has the domains a, b, which composing it anew would drop" in told and file.read_bytes() == before
-    file.write_text("source: [", encoding="utf-8")  # broken: composing is the remedy
-    assert main(["compose", "profile=smoke", "--root", str(file.parent)]) == 0
+    for broken in ("source: [", "domains: 3\ntargets: [1]\n", "domains: [a]\n"):  # composing is the remedy
+        file.write_text(broken, encoding="utf-8")
+        assert main(["compose", "profile=smoke", "--root", str(file.parent)]) == 0
+
+
+@pytest.mark.parametrize("command", [["phantom"], ["demo", "--out"], ["compose", "--root"], ["paper", "--task", "phantom", "--out"], ["doctor", "--root"],
+                                     ["init", "--source", "a", "--target", "b", "--task", "binary", "--root"]], ids=lambda command: command[0])
+def test_a_file_in_the_place_of_a_folder_is_told(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main([*command, str(tmp_path / "file")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1 and str(tmp_path / "file") in told and "folder" in told
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_other_errors_of_the_system_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (OSError(errno.EIO, "Input/output error", "disk"), FileNotFoundError("a mistake of the program"), TypeError("another")):
+        def fail(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr("pipelines.local.write_builtin_data", fail)
+        with pytest.raises(type(error)):
+            main(["phantom", str(tmp_path)])
 
 
 def test_check_lists_every_problem(phantom_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,6 +236,9 @@ def test_export_writes_masks_as_the_task_reads_them(smoke_root: Path, tmp_path: 
                       "novelty": 1.0}).to_parquet(folders[1] / "manifest.parquet")
     write_banks(smoke_root)
     out = tmp_path / "pairs"
+    (out.parent / "file").write_text("")
+    assert main(["export", str(smoke_root), "--out", str(out.parent / "file" / "pairs")]) == 2
+    assert "Not a directory; a file is where a folder is meant" in capsys.readouterr().err
     assert main(["export", str(smoke_root), "--out", str(out)]) == 0
     assert sorted(file.name for file in (out / "violet" / "masks").iterdir()) == ["p0.png", "p2.png", "p3.png"]
     assert np.array_equal(np.array(Image.open(out / "violet/images/p2.png")), images[2])
@@ -237,6 +262,8 @@ def test_doctor_tells_what_is_missing_and_how_to_mend_it(smoke_root: Path, tmp_p
     main(["doctor", "--root", str(smoke_root), "--json"])
     findings = {(f["subject"], f["state"]): f["remedy"] for f in json.loads(capsys.readouterr().out)}
     assert findings["data", "data/source/standard: 28 images"] == ""
+    assert main(["doctor", "--root", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere: no such folder" in capsys.readouterr().err
     assert main(["doctor", "--root", str(tmp_path)]) == 1
     assert "alignflow compose" in capsys.readouterr().out
 

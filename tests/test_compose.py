@@ -75,6 +75,13 @@ def test_layout_of_ones_own() -> None:
     ("align=3", ["align", "must be a section"]),
     ("segment.arms=[source,alined]", ["alined", "did you mean 'aligned'"]),
     ("task=binary", ["brings no data", "alignflow run"]),
+    ("targets=1", ["targets: must be a section, got 1"]),
+    ("domains=1", ["domains: must be a section, got 1"]),
+    ("references=3", ["references: must be a section, got 3"]),
+    ("source=[1]", ["source: must be str, got [1]"]),
+    ("targets.amber.domain=[1]", ["targets.amber.domain: must be str"]),
+    ("hydra.run.dir=1", ["hydra.run.dir=1: unknown key"]),
+    ("hydra=1", ["hydra=1: unknown key"]),
 ])
 def test_bad_overrides_name_the_key_and_the_nearest_valid_one(override: str, words: list[str]) -> None:
     with pytest.raises(InputError) as caught:
