@@ -624,8 +624,8 @@ class Project:
     report: Report = field(default_factory=Report)
 
     def __post_init__(self) -> None:
-        problems = [f"{kind}.{name}: {why}" for kind, names in (("domains", self.domains), ("targets", self.targets), ("comparators", self.comparators))
-                    for name in names if (why := wrong_name(name))]
+        named = {"domains": self.domains, "targets": self.targets, "comparators": self.comparators}
+        problems = [f"{kind}.{name}: {why}" for kind, names in named.items() for name in names if (why := wrong_name(name))]
         if self.source not in self.domains:
             problems.append(f"source: '{self.source}' is not among domains{nearest(self.source, self.domains)}")
         for name, target in self.targets.items():

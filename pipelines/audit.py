@@ -1,5 +1,6 @@
 """``alignflow audit``: near copies of training or reference images among synthetic ones, of a run or of an exported folder."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,8 @@ def audit_folder(folder: Path, run: Path | None) -> dict[str, Verdict]:
             raise InputError(f"{folder}: is no run (it has no params.yaml); for an exported folder name its run: --against RUN")
         return {target: audit_run(folder, target) for target in load_project(folder / "params.yaml").targets}
     project = load_project(run / "params.yaml")
-    found = {each.parent.name: each for each in sorted([folder / "images", *folder.glob("*/images")]) if each.is_dir()}
+    found = {os.path.basename(os.path.abspath(each.parent)): each  # '.' has a name too; one that is a link keeps its own
+             for each in sorted([folder / "images", *folder.glob("*/images")]) if each.is_dir()}
     unknown = [name for name in found if name not in project.targets]
     if not found or unknown:
         raise InputError(*[f"{folder / name}: '{name}' is no target of {run}; valid: {', '.join(project.targets)}" for name in unknown]

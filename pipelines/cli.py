@@ -32,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
     """The grammar of every command."""
     top = argparse.ArgumentParser(prog="alignflow",
                                   description="Image and mask pairs in the look of a target clinic, from a few unlabelled images of it.",
-                                  epilog="Exit codes: 0 fine, 1 failure (doctor and audit: something was found), 2 bad input or usage, 3 something is stale.")
+                                  epilog="Exit codes: 0 fine, 1 failure (doctor and audit: something was found), 2 bad input or usage, "
+                                         "3 something is stale.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str, epilog: str | None = None) -> argparse.ArgumentParser:

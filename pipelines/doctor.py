@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from mimetypes import guess_type
 from pathlib import Path
 
 from alignflow_core.config import load_project
@@ -77,11 +78,13 @@ def _project(root: Path) -> Iterator[Finding]:
             yield Finding("params.yaml", problem, "run 'alignflow compose', or correct the file")
         return
     yield Finding("params.yaml", f"profile {project.profile}, task {project.task.name}, targets {', '.join(project.targets)}")
-    folders = [domain.dir for domain in project.domains.values()]
-    folders += [target.references.dir for target in project.targets.values() if target.references.dir]
-    for name in folders:
+    domains = [domain.dir for domain in project.domains.values()]
+    references = [target.references.dir for target in project.targets.values() if target.references.dir]
+    for name in domains + references:
         folder = root / name / "images"
-        count = sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
+        if name in references and not folder.is_dir():
+            folder = root / name  # reference images may lie in the folder itself
+        count = sum((guess_type(file.name)[0] or "").startswith("image/") for file in folder.iterdir()) if folder.is_dir() else 0
         yield Finding("data", f"{name}: {count} images", "" if count else "run 'alignflow phantom .' (built-in data), 'dvc pull', or mend the path")
     for name in (target.references.file for target in project.targets.values() if target.references.file):
         there = (root / name).is_file()

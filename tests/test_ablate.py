@@ -43,7 +43,8 @@ def test_a_grid_has_every_combination(root: Path) -> None:
 
 @pytest.mark.parametrize(("axis", "said"), [
     ("reward", "not KEY=VALUE,VALUE"), ("reward=frechit", "did you mean 'frechet'"), ("profile=cpu", "not a target's own"),
-    ("align.rho=[1", "is no value of YAML"), ("align.rhoo=1", "align.rhoo: unknown key"), ("align.rho=fast", "must be float"), ("references.count=0", "must be at least 1"),
+    ("align.rho=[1", "is no value of YAML"),
+    ("align.rhoo=1", "align.rhoo: unknown key"), ("align.rho=fast", "must be float"), ("references.count=0", "must be at least 1"),
 ])
 def test_a_wrong_axis_is_refused_and_nothing_written(root: Path, axis: str, said: str) -> None:
     text = (root / "params.yaml").read_text()

@@ -177,7 +177,8 @@ def test_export_stops_at_copies(finished: Path, tmp_path: Path, capsys: pytest.C
     assert main(["export", str(finished), "--out", str(out), "--pairs", "3"]) == 0, "the first three are none"
 
 
-def test_export_replaces_copies_and_the_folder_is_clean(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_replaces_copies_and_the_folder_is_clean(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "pairs"
     assert main(["export", str(finished), "--out", str(out), "--on-copy", "replace", "--pairs", "8"]) == 0
     assert "left out as near copies of real images: pair000003, pair000005" in capsys.readouterr().out
@@ -188,6 +189,8 @@ def test_export_replaces_copies_and_the_folder_is_clean(finished: Path, tmp_path
     assert (facts["written"], facts["left_out"], facts["filled_up"], facts["audited"]) == (8, ["pair000003", "pair000005"], 2, True)
     assert main(["audit", str(out), "--against", str(finished)]) == 0
     assert main(["audit", str(out / "amber"), "--against", str(finished)]) == 0
+    monkeypatch.chdir(out / "amber")
+    assert main(["audit", ".", "--against", str(finished)]) == 0
     Image.fromarray(eyes("amber", "r", 5)[1]).save(out / "amber" / "images" / "new.jpg")
     assert main(["audit", str(out), "--against", str(finished)]) == 1
     assert "new: near copy of references re001" in capsys.readouterr().out

@@ -68,8 +68,8 @@ def test_compose_drops_no_data_of_ones_own(tmp_path: Path, capsys: pytest.Captur
         assert main(["compose", "profile=smoke", "--root", str(file.parent)]) == 0
 
 
-@pytest.mark.parametrize("command", [["phantom"], ["demo", "--out"], ["compose", "--root"], ["paper", "--task", "phantom", "--out"], ["doctor", "--root"],
-                                     ["init", "--source", "a", "--target", "b", "--task", "binary", "--root"]], ids=lambda command: command[0])
+@pytest.mark.parametrize("command", [["phantom"], ["demo", "--out"], ["compose", "--root"], ["paper", "--task", "phantom", "--out"],
+                                     ["doctor", "--root"], ["init", "--source", "a", "--target", "b", "--task", "binary", "--root"]], ids=lambda command: command[0])
 def test_a_file_in_the_place_of_a_folder_is_told(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("mine")
     assert main([*command, str(tmp_path / "file")]) == 2
@@ -170,8 +170,8 @@ def test_a_command_given_again_loses_no_variant(phantom_root: Path, tmp_path: Pa
     """A variant stays what it changes of its base, whatever else the command changes."""
     monkeypatch.setattr("pipelines.local.run_all", lambda root, *_: root)
     monkeypatch.setattr("pipelines.local.write_builtin_data", lambda root: None)
-    for name, command in (("run", run_arguments(phantom_root, tmp_path / "run")), ("demo", ["demo", "--out", str(tmp_path / "demo"), "profile=smoke"])):
-        file = tmp_path / name / "params.yaml"
+    for command in (run_arguments(phantom_root, tmp_path / "run"), ["demo", "--out", str(tmp_path / "demo"), "profile=smoke"]):
+        file = tmp_path / command[0] / "params.yaml"
         assert main(command) == 0
         assert main(["ablate", "--root", str(file.parent), "--target", "amber", "reward=skl,mmd"]) == 0
         before = file.read_bytes()
@@ -193,10 +193,11 @@ def test_a_command_given_otherwise_loses_no_project(phantom_root: Path, tmp_path
     assert main([*demo, str(two)]) == 0
     one = run_arguments(phantom_root, tmp_path / "run")
     assert main([*one, "--target", f"violet={phantom_root / 'data/target/violet'}"]) == 0
-    for file, command, words in ((own / "params.yaml", [*demo, str(own)], "has the domains a, b, which composing it anew would drop"),
-                                 (own / "params.yaml", run_arguments(phantom_root, own), "has the domains a, b"),
-                                 (two / "params.yaml", [*demo, str(two), "targets.violet=null"], "has the targets violet, which this command would drop"),
-                                 (tmp_path / "run/params.yaml", one, "has the domains violet")):
+    for root, command, words in ((own, [*demo, str(own)], "has the domains a, b, which composing it anew would drop"),
+                                 (own, run_arguments(phantom_root, own), "has the domains a, b"),
+                                 (two, [*demo, str(two), "targets.violet=null"], "has the targets violet, which this command would drop"),
+                                 (tmp_path / "run", one, "has the domains violet")):
+        file = root / "params.yaml"
         before = file.read_bytes()
         assert main(command) == 2
         assert words in capsys.readouterr().err and file.read_bytes() == before
@@ -262,6 +263,14 @@ def test_doctor_tells_what_is_missing_and_how_to_mend_it(smoke_root: Path, tmp_p
     main(["doctor", "--root", str(smoke_root), "--json"])
     findings = {(f["subject"], f["state"]): f["remedy"] for f in json.loads(capsys.readouterr().out)}
     assert findings["data", "data/source/standard: 28 images"] == ""
+    references = smoke_root / "data/references/amber"
+    for file in (references / "images").iterdir():
+        file.rename(references / file.name)
+    (references / "images").rmdir()
+    (references / "groups.csv").write_text("stem,patient\n")
+    main(["doctor", "--root", str(smoke_root), "--json"])
+    findings = {(f["subject"], f["state"]): f["remedy"] for f in json.loads(capsys.readouterr().out)}
+    assert findings["data", "data/references/amber: 6 images"] == ""
     assert main(["doctor", "--root", str(tmp_path / "nowhere")]) == 2
     assert "nowhere: no such folder" in capsys.readouterr().err
     assert main(["doctor", "--root", str(tmp_path)]) == 1

@@ -112,12 +112,12 @@ def test_init_interrupted_anywhere_is_completed_by_the_same_command(tmp_path: Pa
     assert main(["init", "--root", str(whole), *command]) == 0
     written = sorted(file.name for file in whole.iterdir())
 
-    def interrupted(file: Path, text: str) -> None:
-        if file.name == name:
-            raise KeyboardInterrupt
-        write_text(file, text)
-
     for name in ("dagster.yaml", "config", "dvc.yaml", "params.yaml"):
+        def interrupted(file: Path, text: str, name: str = name) -> None:
+            if file.name == name:
+                raise KeyboardInterrupt
+            write_text(file, text)
+
         monkeypatch.setattr("pipelines.scaffold.write_text", interrupted)
         assert main(["init", "--root", str(root), *command]) == 130
         assert not (root / "params.yaml").exists()
