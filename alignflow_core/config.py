@@ -624,7 +624,7 @@ class Project:
     report: Report = field(default_factory=Report)
 
     def __post_init__(self) -> None:
-        named = {"domains": self.domains, "targets": self.targets, "comparators": self.comparators}
+        named: dict[str, typing.Iterable[str]] = {"domains": self.domains, "targets": self.targets, "comparators": self.comparators}
         problems = [f"{kind}.{name}: {why}" for kind, names in named.items() for name in names if (why := wrong_name(name))]
         if self.source not in self.domains:
             problems.append(f"source: '{self.source}' is not among domains{nearest(self.source, self.domains)}")
