@@ -297,7 +297,7 @@ TABLE: dict[str, list[tuple[str, str, str | None, tuple[str, ...]]]] = {
         ("space", "if free < needed:", None, last("too_little_space_is_told_before_the_work")),
     ],
     "flow/train.py": [
-        ("finite losses and gradients", "if bad:", None, last("numbers_that_are_none_stop_within_a_step")),
+        ("finite losses and gradients", "if bad:", None, last("numbers_that_are_none_stop_before_they_are_saved")),
     ],
     "runner.py": [
         ("hash of an artifact", ' and provenance["content"] == tree_hash(folder)', "", last("an_altered_artifact_is_built_again")),
