@@ -48,7 +48,7 @@ def listing_hash(listing: Iterable[tuple[str, str]]) -> str:
     """The :func:`tree_hash` of a folder of these names and hashes."""
     digest = hashlib.sha256()
     for name, content in listing:
-        digest.update(f"{name}\0{content}\n".encode())
+        digest.update(f"{name}\0{content}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

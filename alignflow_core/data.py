@@ -83,14 +83,15 @@ def run_references(config: Any, inputs: Mapping[str, Path], out_dir: Path, conte
     The last ``held_out_fraction`` of them steer when alignment stops. Or a file of moments: then there are no rows, and ``moments.safetensors``.
 
     Raises:
-        InputError: too few images; a reference that is in the test split by content or by group; the domain's ids are of another site key;
-            a file of moments that cannot be used.
+        InputError: too few images; a reference that is in the test split by content or by group; a test image that is in the source's training
+            or validation split; the domain's ids are of another site key; a file of moments that cannot be used.
     """
     import pandas as pd
 
     from alignflow_core.reference_roles import in_drawn_order, roles
 
     wanted, domain = config.references, config.target_domain
+    _refuse_shared_images(*(pd.read_parquet(inputs[name] / "manifest.parquet") for name in ("data:source", "data:target")))
     if wanted.file is not None:
         return _moments_alone(context.root / wanted.file, config, out_dir)
     _refuse_other_key(inputs["data:target"])
@@ -198,6 +199,16 @@ def _arrays(task: Task, size: int, out_dir: Path) -> Iterator[tuple[Keep, np.nda
 def _areas(counts: np.ndarray, task: Task) -> dict[str, float]:
     """Share of all pixels by class, of nested classes with those inside."""
     return {name: float(counts[k:].sum() if task.nested else counts[k]) / max(1, counts.sum()) for k, name in enumerate(task.classes, 1)}
+
+
+def _refuse_shared_images(source: "pd.DataFrame", target: "pd.DataFrame") -> None:
+    """Stop where a test image of the target is, by content, one that painters and segmenters learn from."""
+    learnt, test = source[source["split"] != "test"], target[target["split"] == "test"]
+    shared = test.merge(learnt, on="image_sha256", suffixes=("", "_source"))
+    if len(shared):
+        raise InputError(*(f"{row['domain']}: its test image {row['case_id']} is also the image {row['case_id_source']} of the source "
+                           f"'{row['domain_source']}', which is learnt from ('alignflow case' names both files); remove it from one of them"
+                           for row in shared.to_dict("records")))
 
 
 def _refuse_test_images(table: "pd.DataFrame", places: Sequence[str], test: "pd.DataFrame", domain: str) -> None:

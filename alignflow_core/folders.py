@@ -129,6 +129,9 @@ def _by_stem(folder: Path, problems: list[str], ignored: tuple[str, ...] = ()) -
     for name in sorted(os.listdir(folder)):
         if name.startswith(".") or name.lower() in (*IGNORED, *ignored):
             continue
+        if not name.isprintable():  # nor are bytes that are no UTF-8
+            problems.append(f"{folder / name}".encode("unicode_escape").decode() + ": has a name that cannot be written; rename it")
+            continue
         stem, suffix = os.path.splitext(name)
         other = taken.setdefault(stem.casefold(), name)
         if suffix.lower() not in SUFFIXES:

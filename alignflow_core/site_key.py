@@ -27,7 +27,7 @@ def key_file() -> Path:
 
 def pseudonym(kind: str, name: str, length: int = 16) -> str:
     """Keyed hash of a name, hexadecimal; ``kind`` keeps equal names of different things apart."""
-    return hmac.new(_key(*map(os.environ.get, PLACES)), f"{kind}\0{name}".encode(), hashlib.sha256).hexdigest()[:length]
+    return hmac.new(_key(*map(os.environ.get, PLACES)), f"{kind}\0{name}".encode(errors="surrogateescape"), hashlib.sha256).hexdigest()[:length]
 
 
 def key_check() -> str:

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from alignflow_core.artifact import tree_hash
 from alignflow_core.config import Task
 from alignflow_core.data import case_id, check_folder
 from alignflow_core.errors import InputError
@@ -282,14 +283,17 @@ def test_hidden_files_are_ignored_and_coloured_label_masks_refused(folder: Path)
 
 @pytest.fixture
 def project(folder: Path) -> Path:
-    """A project whose domains ``here`` and ``there`` are copies of the folder, with references in ``refs``."""
+    """A project whose domains ``here``, which is built, and ``there`` are the folder and one like it, with references in ``refs``."""
     root = folder.parent
     for name in ("here", "there"):
         shutil.copytree(folder, root / name)
+    for number, file in enumerate(sorted((root / "there/images").iterdir())):
+        save(10 * number + 5, file)
     save(201, root / "refs/new.png")
     (root / "params.yaml").write_text(yaml.safe_dump({
         "source": "here", "domains": {"here": {"dir": "here"}, "there": {"dir": "there"}}, "data": {"size": 24},
         "targets": {"there": {"domain": "there", "references": {"dir": "refs"}}, "many": {"domain": "there", "references": {"count": 50}}}}))
+    run_stage(root, "data", "here", quiet=True)
     return root
 
 
@@ -313,6 +317,28 @@ def test_references_that_are_test_images_stop_the_run(project: Path) -> None:
     (project / "refs/renamed.png").unlink()
     (project / "refs/groups.csv").write_text(f"stem,patient\n{second},somebody else\n")
     assert run_stage(project, "references", "there", quiet=True)
+
+
+@pytest.mark.parametrize(("theirs", "ours", "leaks"),
+                         [("test", "train", True), ("test", "val", True), ("test", "test", False), ("train", "train", False)])
+def test_test_images_that_the_source_learns_from_stop_the_run(project: Path, theirs: str, ours: str, leaks: bool) -> None:
+    """An image that two hospitals' folders share, as public sets do, under two names."""
+    run_stage(project, "data", "there", quiet=True)
+    stem = _stems(project, theirs)[0]
+    for name in ("images", "masks"):
+        shutil.copy(project / f"there/{name}/{stem}.png", project / f"here/{name}/b0.png")
+    run_stage(project, "data", "here", quiet=True)
+    file = project / "artifacts/data/here/manifest.parquet"
+    table = pd.read_parquet(file)
+    table.assign(split=table["split"].mask(table["case_id"] == case_id("here", "b0"), ours)).to_parquet(file)
+    if not leaks:
+        assert run_stage(project, "references", "there", quiet=True)
+        return
+    with pytest.raises(InputError) as caught:
+        run_stage(project, "references", "there", quiet=True)
+    told, = caught.value.problems
+    assert f"there: its test image {case_id('there', stem)} is also the image {case_id('here', 'b0')} of the source 'here'" in told
+    assert not (project / "artifacts/references/there").exists()
 
 
 def test_training_images_of_the_domain_may_be_references(project: Path) -> None:
@@ -371,4 +397,13 @@ def test_command_exits_2_and_writes_nothing(project: Path) -> None:
                           capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 2 and "a0.png: has no mask" in done.stderr and "a1.png: is not a JPEG" in done.stderr
-    assert not any((project / "artifacts").rglob("*.*")), sorted((project / "artifacts").rglob("*"))
+    assert sorted(file.name for file in (project / "artifacts").glob("*/*")) == ["here", "here.json"]
+
+
+def test_names_that_cannot_be_written_are_told(folder: Path) -> None:
+    """A name in Latin 1, as old archives hold them, and one with a line break."""
+    os.rename(folder / "images/a1.png", os.fsencode(folder / "images") + b"/caf\xe9.png")
+    (folder / "images/a2.png").rename(folder / "images/a\n2.png")
+    found = [problem for problem in problems(folder) if "cannot be written" in problem]
+    assert len(found) == 2 and "a\\n2.png: has a name" in found[0] and "caf\\udce9.png" in found[1] and all(problem.isascii() for problem in found)
+    assert len(tree_hash(folder)) == 64

@@ -344,8 +344,9 @@ def test_a_file_of_another_format_is_refused(made_up: Path, tmp_path: Path, monk
 
 def test_moments_of_another_size(made_up: Path, tmp_path: Path) -> None:
     config = SimpleNamespace(references=References(file=made_up.name), target_domain="amber", data=Data(size=64))
+    pd.DataFrame({"split": [], "image_sha256": []}).to_parquet(tmp_path / "manifest.parquet")
     with pytest.raises(InputError, match=r"was measured at 24 pixels, data\.size is 64"):
-        data.run_references(config, {}, tmp_path, SimpleNamespace(root=tmp_path, key="amber"))
+        data.run_references(config, {"data:source": tmp_path, "data:target": tmp_path}, tmp_path, SimpleNamespace(root=tmp_path, key="amber"))
 
 
 def test_moments_of_another_instrument(made_up: Path) -> None:
@@ -378,7 +379,8 @@ def referenced(root: Path, out: Path, **given: object) -> Path:
     project = load_project(root / "params.yaml")
     config = SimpleNamespace(references=References(**given), target_domain="amber", task=project.task, data=project.data)  # type: ignore[arg-type]
     out.mkdir()
-    numbers = data.run_references(config, {"data:target": root / artifact_dir("data", "amber")}, out,
+    inputs = {name: root / artifact_dir(*node) for name, node in project.graph.inputs(STAGES["references"], "amber").items()}
+    numbers = data.run_references(config, inputs, out,
                                   Context("amber", root, out, lambda metrics, step: None, lambda done, total, note: None))
     (out / "metrics.json").write_text(json.dumps(numbers))
     return out
