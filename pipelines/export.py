@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alignflow_core.artifact import write_json
+from alignflow_core.artifact import read_json, write_json
 from alignflow_core.config import Project, Task, load_project
 from alignflow_core.errors import InputError
+from alignflow_core.runner import provenance_file
 from alignflow_core.stages import artifact_dir
 from pipelines.audit import Verdict, audit_run
 
@@ -89,12 +90,22 @@ def export_folder(run: Path, out: Path, gate: Gate = BLOCK) -> dict[str, Choice]
 
 
 def refuse_unbuilt(run: Path, project: Project, out: Path, *more: Path) -> None:
-    """Raise :class:`InputError` unless what is exported is built for every target and ``out`` is free."""
+    """Raise :class:`InputError` unless what is exported is built for every target, of one piece, and ``out`` is free."""
     problems = [f"{out}: exists; name a new folder"] if out.exists() else []
     needed = [*(run / artifact_dir(stage, target) for target in project.targets for stage in ("sample_aligned", "filter")), *more]
-    problems += [f"{folder}: not built yet; finish the run first" for folder in needed if not (folder / "manifest.parquet").exists()]
+    unbuilt = [folder for folder in needed if not (folder / "manifest.parquet").exists()]
+    problems += [f"{folder}: not built yet; finish the run first" for folder in unbuilt]
+    if not unbuilt:  # a run that was stopped between the two has new pairs and the verdict on the old ones
+        problems += [f"{run / artifact_dir('filter', target)}: judged other pairs than {run / artifact_dir('sample_aligned', target)} holds; "
+                     "finish the run first" for target in project.targets if not judged(run, target)]
     if problems:
         raise InputError(*problems)
+
+
+def judged(run: Path, target: str) -> bool:
+    """Whether the filter's verdict is on the pairs that lie there."""
+    verdict, pairs = (read_json(provenance_file(run, stage, target)) for stage in ("filter", "sample_aligned"))
+    return bool(verdict["inputs"]["sample_aligned"] == pairs["content"])
 
 
 def published(out: Path, write: Callable[[Path], None]) -> None:

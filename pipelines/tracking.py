@@ -8,11 +8,14 @@ has one parent, and an evaluation that nothing has changed is part of every late
 """
 
 import base64
+import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import math
 import os
+import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -36,6 +39,7 @@ FINGERPRINT = "alignflow.fingerprint"
 RECORDED_AT = "alignflow.recorded_at"  # newest = the state of the project; a reverted one is found again, not recorded anew
 PARENT, NOTE = "mlflow.parentRunId", "mlflow.note.content"  # MLflow's own
 TABLES = {"compare": ("comparison", "gap", "per_class", "source_test"), "align": ("gates",), "evaluate": ("distances",)}  # none names a case
+ADDRESSES = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("model_versions", "source"), ("model_versions", "storage_location"))
 PARAM_BATCH, METRIC_BATCH, VALUE_LENGTH = 100, 1000, 6000  # limits of MLflow
 
 
@@ -44,9 +48,23 @@ def store_uri(root: Path) -> str:
     return f"sqlite:///{root.resolve() / 'mlflow.db'}"
 
 
+def follow(root: Path) -> None:
+    """Tell the store of a project that was moved or copied where its files are: MLflow keeps absolute addresses and has no call that changes one."""
+    file, here = root / "mlflow.db", (root.resolve() / "mlruns").as_uri()
+    if not file.exists():
+        return
+    with contextlib.closing(sqlite3.connect(file)) as store, contextlib.suppress(sqlite3.OperationalError), store:  # locked, or not set up yet
+        others = store.execute("SELECT DISTINCT artifact_location FROM experiments WHERE artifact_location LIKE 'file:%/mlruns' "
+                               "AND artifact_location != ?", (here,)).fetchall()
+        for (there,), (table, column) in itertools.product(others, ADDRESSES):
+            store.execute(f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR {column} LIKE ?",  # noqa: S608  # both ours
+                          (here, len(there) + 1, there, there + "/%"))
+
+
 @cache
 def client(root: Path) -> "MlflowClient":
     """Client of the project's store, one a process; the first call of all creates the store (several seconds)."""
+    follow(root)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for chatty in ("alembic", "mlflow.store.db.utils"):  # 60 lines at the first call
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -329,13 +347,21 @@ def _cell(mean: float, compared: tuple[float, float, float] | None) -> str:
 
 
 def _intervals(store: "MlflowClient", experiments: list[str], metric: str) -> dict[tuple[str, str, str], tuple[float, float, float]]:
-    """(content of the evaluation, target, arm) -> mean and its interval, from the newest comparison, which may be older than an evaluation."""
+    """(content of the evaluation, target, arm) -> mean and its interval, from the newest comparison, which may be older than an evaluation.
+
+    Where its file is gone, as where the store was copied alone, there are none.
+    """
+    from mlflow.exceptions import MlflowException
+
     runs = store.search_runs(experiments, "tags.stage = 'compare'", order_by=[f"tags.`{RECORDED_AT}` DESC"], max_results=1)
     if not runs:
         return {}
     datasets = [each.dataset for each in (runs[0].inputs.dataset_inputs if runs[0].inputs else [])]
     read = {each.name.partition("@")[2]: json.loads(each.source).get("content", each.digest)[:DIGEST_LENGTH] for each in datasets}
-    table = json.loads(Path(store.download_artifacts(runs[0].info.run_id, "comparison.json")).read_text(encoding="utf-8"))
+    try:
+        table = json.loads(Path(store.download_artifacts(runs[0].info.run_id, "comparison.json")).read_text(encoding="utf-8"))
+    except MlflowException:
+        return {}
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     first = rows[0]["segmenter"] if rows else ""
     return {(read[row["target"]], row["target"], row["arm"]): (row["mean"], row["ci_low"], row["ci_high"]) for row in rows

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from scipy.ndimage import affine_transform
 
+from alignflow_core.artifact import write_json
 from alignflow_core.config import ImageFlow, Network, Task
 from alignflow_core.flow.ema import Ema
 from alignflow_core.flow.loss import flow_matching_loss
@@ -150,6 +151,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pairs(folders[0], Pairs(painted, np.zeros((14, SIZE, SIZE), np.uint8), tuple(ids), pd.DataFrame({"pair_id": ids, "seed": range(14)})))
     pd.DataFrame({"pair_id": ids, "kept": [True] * 12 + [False] * 2, "reason": [""] * 12 + ["implausible image"] * 2}).to_parquet(
         folders[1] / "manifest.parquet")
+    write_json(folders[0].with_name("amber.json"), {"content": "pairs"})
+    write_json(folders[1].with_name("amber.json"), {"inputs": {"sample_aligned": "pairs"}})
     return root
 
 

@@ -9,9 +9,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from alignflow_core.artifact import write_json
 from alignflow_core.config import Task
 from alignflow_core.errors import InputError
 from alignflow_core.pairs import Pairs, write_pairs
+from alignflow_core.runner import provenance_file
 from alignflow_core.stages import artifact_dir
 from pipelines.audit import Verdict
 from pipelines.cli import main
@@ -56,6 +58,8 @@ def run(smoke_root: Path) -> Path:
         folder = smoke_root / artifact_dir("filter", target)
         folder.mkdir(parents=True)
         pd.DataFrame({"pair_id": ids, "kept": KEPT, "reason": np.where(KEPT, "", "copy"), "novelty": 1.0}).to_parquet(folder / "manifest.parquet")
+        write_json(provenance_file(smoke_root, "sample_aligned", target), {"content": "now"})
+        write_json(provenance_file(smoke_root, "filter", target), {"inputs": {"sample_aligned": "now"}})
     give(smoke_root / artifact_dir("data", "standard"), 5, 9, case_id=[f"case{i}" for i in range(5)], stem=[f"Doe_{i}" for i in range(5)],
          group=["Doe", "Doe", "Roe", "Roe", "Poe"], split=["train", "train", "train", "val", "test"])
     return smoke_root
@@ -97,6 +101,15 @@ def test_a_dataset_per_target_of_synthetic_pairs(run: Path, tmp_path: Path, caps
     assert all(np.array_equal(found["synthetic_pair000002"][i], array[2]) for i, array in enumerate((images, masks)))
     assert main(["export", str(run), "--format", "nnunet", "--out", str(out)]) == 2
     assert "exists" in capsys.readouterr().err and [file.name for file in tmp_path.iterdir() if "part" in file.name] == []
+
+
+@pytest.mark.parametrize("form", ["folder", "nnunet"])
+def test_pairs_that_the_filter_has_not_seen_do_not_leave(run: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a run leaves it that was stopped after new pairs were painted."""
+    write_json(provenance_file(run, "sample_aligned", "violet"), {"content": "new"})
+    assert main(["export", str(run), "--format", form, "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "filter/violet: judged other pairs than" in told and "amber" not in told and not (tmp_path / "out").exists()
 
 
 def test_near_copies_do_not_leave_as_nnunet_either(run: Path, tmp_path: Path, audit: dict[str, str | None],

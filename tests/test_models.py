@@ -96,6 +96,12 @@ def test_versions_are_plain_files_and_each_content_is_one(root: Path) -> None:
     assert versions(root, "image-flow")["1"].tags["n_images"] == str(2 * N), "the test images of both targets"
 
 
+def test_versions_of_a_copied_project_are_its_own(root: Path, tmp_path: Path) -> None:
+    register(root)
+    copy = copied(root, tmp_path / "elsewhere")
+    assert {each.source.rpartition("/mlruns/")[0] for each in versions(copy, "segmenter-amber").values()} == {copy.as_uri()}
+
+
 def test_values_kept_with_a_version_name_nobody(root: Path) -> None:
     register(root)
     file = next((root / "mlruns").rglob("*.parquet"))

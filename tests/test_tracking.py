@@ -179,7 +179,7 @@ def test_what_a_run_holds(tracked: Path) -> None:
     curve = tracking.client(tracked).get_metric_history(align.info.run_id, "curve/loss")
     assert [(point.step, point.value) for point in curve] == [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3))]
     datasets = {each.dataset.name for each in runs["references@amber"].inputs.dataset_inputs}
-    assert datasets == {"data@amber", "targets.amber.references.dir"}
+    assert datasets == {"data@amber", "data@standard", "targets.amber.references.dir"}
     assert runs["report"].data.tags["report"] == "artifacts/report/index.html"
 
 
@@ -191,7 +191,7 @@ def test_why_stage_two_ended_is_a_tag(tracked: Path) -> None:
 
 
 def test_no_image_goes_in(tracked: Path) -> None:
-    files = {file.name: file for file in (tracked / "mlruns").rglob("*") if file.is_file()}  # with those of copies of the project, which record here
+    files = {file.name: file for file in (tracked / "mlruns").rglob("*") if file.is_file()}
     ablations = {name for name in files if name.startswith("ablation-")}
     assert set(files) - ablations == {"comparison.json", "source_test.json", "dice.svg", "gates.json", "gates.svg", "verdict.json"}
     assert all("<image" not in file.read_text() for name, file in files.items() if name.endswith(".svg"))
@@ -209,6 +209,18 @@ def test_targets_side_by_side(tracked: Path, tmp_path: Path) -> None:
     run(changed, "-c", store + f"for s in {stages}: run_stage(Path('.'), s, 'dim', quiet=True); record(Path('.'), s, 'dim')")
     last = run(changed, "-c", COMPARE).splitlines()[-1]
     assert last.split() == ["dim", "skl", "2", "sparse", "0.500", "0.750"], "an evaluation newer than the comparison has no interval yet"
+
+
+def test_a_project_that_was_copied_keeps_its_own_files(tracked: Path, tmp_path: Path) -> None:
+    before = tree_hash(tracked / "mlruns")
+    root = copied(tracked, tmp_path)
+    set_param(root, 0.5, "targets", "dim", "align", "rho")
+    run(root, "-c", BUILD)
+    run(root, "-c", RECORD)
+    assert {each.info.artifact_uri.rpartition("/mlruns/")[0] for each in runs_of(root)} == {root.as_uri()}
+    assert tree_hash(tracked / "mlruns") == before
+    shutil.rmtree(root / "mlruns")
+    assert "0.750 [0.650, 0.850]" not in run(root, "-c", COMPARE), "the means without the intervals, which lay in these files"
 
 
 def test_nothing_recorded(tmp_path: Path, tracked: Path) -> None:
