@@ -147,6 +147,8 @@ class Alignment:
             best, last = self._best(state["looks"]), len(state["looks"]) - 1
             if best == last:
                 state.update({f"best:{name}": value.clone() for name, value in ema.shadow.items()})
+            elif best == 0:  # an earlier look may have been the best until this one, the last before the reward, took its place
+                state.update(prefixed("best", start))
             rewardless = int((state["looks"][:, COLUMNS.index("step")] <= settings.rewardless_steps).sum()) - 1  # patience begins with the reward
             return last - max(best, rewardless) >= self._patience()
 

@@ -377,6 +377,8 @@ class Align:
         at_least("align.recolour_steps", self.recolour_steps, 0)
         at_least("align.lora_rank", self.lora_rank, 1)
         at_least("align.k", self.k, 1)
+        if self.rho > 0:  # samples are compared as a set, whose spread one does not tell
+            at_least("align.training.batch", self.training.batch, 2)
         if self.denoise == "none" and self.rho == 0:
             raise InputError("align.denoise: 'none' with align.rho 0 leaves nothing to train on; give one of them")
         if self.k > self.n_steps:

@@ -29,6 +29,9 @@ from alignflow_core.reward.statconv import StatConv
 from alignflow_core.seeding import derive_seed
 from alignflow_core.segmenter_fit import Diet, fit
 
+LEAST_SPREAD = 0.1  # of the source's
+BATCH = 64  # images encoded at once
+
 
 def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
     """Score every aligned pair and write ``manifest.parquet`` with ``kept`` and the first reason against."""
@@ -64,15 +67,20 @@ def _area_ratios(areas: np.ndarray, reference_areas: np.ndarray, task: Task) -> 
 
 
 def _outlyingness(pairs: Pairs, source: Pairs) -> np.ndarray:
-    """Root mean square of robust z-scores of a pair's features among the pairs of its strength and start, over its median: 1 is typical, [N]."""
+    """Root mean square of robust z-scores of a pair's features among the pairs of its strength and start, over its median: 1 is typical, [N].
+
+    Features are in deviations of the source. One that hardly varies among the pairs, as that of an empty corner, says little of any of them:
+    its spread counts as ``LEAST_SPREAD`` at least.
+    """
     with torch.no_grad():
-        real, painted = to_unit(source.images), to_unit(pairs.images)
-        features = Standardised(StatConv(), real, real[:, :0])(painted, painted[:, :0])[0].numpy()
+        real = to_unit(source.images)
+        encode = Standardised(StatConv(), real, real[:, :0])
+        features = torch.cat([encode(part, part[:, :0])[0] for part in to_unit(pairs.images).split(BATCH)]).numpy()
     named = [name for name in ("strength", "start") if name in pairs.table]
     found = np.empty(len(pairs))
     for alike in pairs.table.groupby(named).indices.values() if named else [np.arange(len(pairs))]:
         centred = features[alike] - np.median(features[alike], axis=0)
-        z = centred / (1.4826 * np.median(np.abs(centred), axis=0) + 1e-6)
+        z = centred / np.maximum(1.4826 * np.median(np.abs(centred), axis=0), LEAST_SPREAD)
         size = np.sqrt(np.mean(np.clip(z, -20, 20) ** 2, axis=1))
         found[alike] = size / max(float(np.median(size)), 1e-9)
     return found

@@ -1,5 +1,6 @@
 """Stage 1: train p(image | mask) on the source domain (arXiv 2604.02868, stage 1: denoising loss only)."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,17 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
 
     trained, _ = velocity_unet.load(out_dir)
     held_out = read_pairs(inputs["data:source"], "val")
-    trained = trained.to(device)
-    with torch.no_grad():
-        losses = [float(flow_matching_loss(trained, to_unit(held_out.images).to(device), condition(held_out.labels, task, settings.clip).to(device),
-                                           settings.times, generator(config.seed, "image_flow", "validation", i))) for i in range(4)]
-    return {"validation_loss": sum(losses) / len(losses), "n_images": settings.training.steps * settings.training.batch,
-            "parameters": sum(p.numel() for p in network.parameters())}
+    images, cond = to_unit(held_out.images).to(device), condition(held_out.labels, task, settings.clip).to(device)
+    return {"validation_loss": _validation_loss(trained.to(device), images, cond, settings, config.seed),
+            "n_images": settings.training.steps * settings.training.batch, "parameters": sum(p.numel() for p in network.parameters())}
+
+
+@torch.no_grad()
+def _validation_loss(model: nn.Module, images: Tensor, cond: Tensor, settings: ImageFlow, seed: int, repeats: int = 4) -> float:
+    """Mean denoising loss of images [N, 3, H, W] and conditions [N, D, H, W] at fixed noise and times, a training batch at once."""
+    total, batch = 0.0, settings.training.batch
+    for i, first in itertools.product(range(repeats), range(0, len(images), batch)):
+        rows = slice(first, min(first + batch, len(images)))
+        loss = flow_matching_loss(model, images, cond, settings.times, generator(seed, "image_flow", "validation", i), rows=rows)
+        total += float(loss) * (rows.stop - rows.start)
+    return total / (repeats * len(images))

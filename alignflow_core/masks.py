@@ -32,6 +32,19 @@ def from_regions(channels: np.ndarray, task: Task) -> np.ndarray:
     return np.where(inside.any(axis=1), best + 1, 0).astype(np.uint8)
 
 
+def region_dice(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Dice of regions bool [N, C, H, W], averaged over those that either has, [N]; 1 where neither has any.
+
+    A region that both lack would count as found: of many classes of which an image shows one, hardly any Dice would be low. One of the two
+    may have N = 1.
+    """
+    total = a.sum((2, 3)) + b.sum((2, 3))
+    dice = 2 * (a & b).sum((2, 3)) / np.maximum(total, 1)
+    n_present = (total > 0).sum(1)
+    found: np.ndarray = np.where(n_present > 0, dice.sum(1) / np.maximum(n_present, 1), 1.0)
+    return found
+
+
 def signed_distance(masks: np.ndarray, task: Task, clip: float) -> "torch.Tensor":
     """Signed distance maps, positive inside, in units of ``clip`` pixels and cut to [-1, 1].
 

@@ -40,7 +40,7 @@ RANGES: dict[str, tuple[str, Any]] = {
     "align.region_share": ("targets.b.align.region_share", -0.1), "align.confidence": ("targets.b.align.confidence", 1.1),
     "align.rounds": ("targets.b.align.rounds", 0),
     "align.recolour_steps": ("targets.b.align.recolour_steps", -1), "align.lora_rank": ("targets.b.align.lora_rank", 0),
-    "align.k": ("targets.b.align.k", 0),
+    "align.k": ("targets.b.align.k", 0), "align.training.batch": ("targets.b.align.training.batch", 1),
     "synthetic_share": ("targets.b.synthetic_share", 1.1),
     "data.size": ("data.size", 8),
     "sample.solver": ("sample.solver", "rk4"), "sample.mask_source": ("sample.mask_source", "drawn"), "sample.n_pairs": ("sample.n_pairs", 3),

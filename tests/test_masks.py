@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from alignflow_core.config import Task
-from alignflow_core.masks import condition, from_regions, regions, signed_distance
+from alignflow_core.masks import condition, from_regions, region_dice, regions, signed_distance
 from alignflow_core.sample import clean
 
 NESTED = Task(name="refuge", kind="refuge", classes=("disc", "cup"), nested=True)
@@ -59,3 +59,20 @@ def test_clean_fills_holes_and_drops_specks() -> None:
     mask[16, 16] = 0
     mask[1, 1] = 1
     assert (clean(mask, Task()) == disc(10)).all()
+
+
+def test_clean_leaves_what_another_class_fills() -> None:
+    """A ventricle inside its muscle, a hole through both walls of the muscle, and a speck of the ventricle in the muscle."""
+    heart = np.zeros((32, 32), np.uint8)
+    heart[disc(12)], heart[disc(6)] = 1, 2
+    torn = heart.copy()
+    torn[16, 25], torn[16, 7] = 0, 2
+    assert (clean(torn, FLAT) == heart).all()
+
+
+def test_a_region_that_both_lack_is_not_one_that_was_found() -> None:
+    a, b = np.zeros((3, 4, 8, 8), bool), np.zeros((3, 4, 8, 8), bool)
+    a[0, 0, :4] = b[0, 0, 2:6] = True  # half of it, and three classes that neither has
+    a[1, 1] = True
+    assert region_dice(a, b).tolist() == [0.5, 0.0, 1.0]
+    assert region_dice(a[:1], b).tolist() == [0.5, 0.0, 0.0]

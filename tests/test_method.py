@@ -31,12 +31,14 @@ from alignflow_core.config import (
     Task,
     Training,
 )
-from alignflow_core.masks import regions
+from alignflow_core.flow.loss import flow_matching_loss
+from alignflow_core.masks import condition, regions
 from alignflow_core.networks import velocity_unet
 from alignflow_core.networks.segmenters import load_segmenter, predict
-from alignflow_core.pairs import Pairs, read_pairs, write_pairs
+from alignflow_core.pairs import Pairs, read_pairs, to_unit, write_pairs
 from alignflow_core.reward.gates import RATIOS
 from alignflow_core.runner import Context
+from alignflow_core.seeding import generator
 from alignflow_core.segmenter_fit import Diet, fit
 
 SIZE = 24
@@ -250,6 +252,28 @@ def test_patience_begins_with_the_reward(built: dict[str, Path], tmp_path: Path)
     assert metrics["held_out_before"] == pytest.approx(gates["held_out_reward"][0]) == metrics["held_out_after"]
 
 
+def test_a_look_that_lost_its_place_leaves_the_weights_of_the_start(built: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first look before the reward is the best until the second, the last before it, takes its place and is worse than the start."""
+    rewards = iter([-1.0, -0.9, -1.05, -2.0, -2.0])
+    look = alignment.Alignment._looker
+
+    def looker(*args: Any) -> Any:
+        before, seen = look(*args)
+        return before, lambda model: {**seen(model), "held_out_reward": next(rewards)}
+
+    monkeypatch.setattr(alignment.Alignment, "_looker", looker)
+    settings = dataclasses.replace(CONFIG.align, training=dataclasses.replace(CONFIG.align.training, steps=2), check_every=1, check_samples=4,
+                                   recolour_steps=6, rounds=1, gates=Gates(hold=False))
+    assert settings.rewardless_steps == 6
+    build(align.run, SimpleNamespace(**{**vars(CONFIG), "align": settings}), built, tmp_path / "out")
+    gates = pd.read_parquet(tmp_path / "out" / "gates.parquet")
+    assert gates["best"].tolist() == [True, *[False] * (len(gates) - 1)] and gates["held_out_reward"].tolist()[:3] == [-1.0, -0.9, -1.05]
+    start, _ = velocity_unet.load(built["image_flow"])
+    start.adopt_target()
+    saved, _ = velocity_unet.load(tmp_path / "out")
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in start.state_dict().items())
+
+
 def test_before_and_after_are_measured_alike(built: dict[str, Path], tmp_path: Path) -> None:
     """With gates that refuse everything the result is stage 1: by the renewed labeller, too, it has gained nothing."""
     settings = dataclasses.replace(CONFIG.align, training=dataclasses.replace(CONFIG.align.training, steps=4), check_every=2, check_samples=4,
@@ -268,11 +292,32 @@ def test_weights_without_validation_are_the_last(built: dict[str, Path], tmp_pat
     assert all(torch.equal(fitted[0][0][name], value) for name, value in fitted[1][0].items()) and np.isnan(fitted[1][1])
 
 
+@pytest.mark.parametrize("batch", [1, 5, 8, 64])
+def test_validation_loss_is_the_same_in_parts(built: dict[str, Path], batch: int) -> None:
+    model, _ = velocity_unet.load(built["image_flow"])
+    pairs = read_pairs(built["data:source"], "val")
+    images, cond = to_unit(pairs.images), condition(pairs.labels, CONFIG.task, CONFIG.image_flow.clip)
+    settings = dataclasses.replace(CONFIG.image_flow, training=dataclasses.replace(CONFIG.image_flow.training, batch=batch))
+    whole = np.mean([float(flow_matching_loss(model, images, cond, settings.times, generator(0, "image_flow", "validation", i)).detach())
+                     for i in range(4)])
+    assert image_flow._validation_loss(model, images, cond, settings, 0) == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_target_kept_for_testing_has_no_oracle(built: dict[str, Path], tmp_path: Path) -> None:
+    target = discs(12, (50, 60, 130), 2)
+    (tmp_path / "target").mkdir()
+    write_pairs(tmp_path / "target", Pairs(target.images, target.masks, target.ids, target.table.assign(split="test")))
+    config = SimpleNamespace(**{**vars(CONFIG), "arms": ("fourier", "oracle"), "segment": dataclasses.replace(
+        CONFIG.segment, training=dataclasses.replace(CONFIG.segment.training, steps=2, warm_up=1))})
+    build(segment.run_baselines, config, {**built, "data:target": tmp_path / "target"}, tmp_path / "out")
+    assert pd.read_parquet(tmp_path / "out" / "segmenters.parquet")["arm"].tolist() == ["fourier"]
+
+
 def test_masks_without_a_class_can_be_copies() -> None:
     masks = np.zeros((2, 8, 8), np.uint8)
     masks[0, :4] = 1
     task = dataclasses.replace(CONFIG.task, kind="labels", classes=("a", "b"), values={0: 0, 1: 1, 2: 2}, nested=False)
-    assert sample._nearest_dice(masks[0], masks[:1], task) == 1.0 and sample._nearest_dice(masks[1], masks[:1], task) == 0.5
+    assert sample._nearest_dice(masks[0], masks[:1], task) == 1.0 and sample._nearest_dice(masks[1], masks[:1], task) == 0.0
 
 
 PRIVATE: dict[str, Any] = {"privacy": Privacy(epsilon=30.0), "recolour": False}
@@ -369,6 +414,15 @@ def test_a_pair_is_judged_among_those_of_its_strength() -> None:
                     for each in (table.assign(strength=strength), table))
     assert set(np.argsort(told)[-2:]) == {3, 35} and np.delete(told, [3, 35]).max() < 2.5
     assert untold[strength == 0].min() > 2.5
+
+
+def test_a_feature_that_hardly_varies_makes_no_pair_implausible() -> None:
+    """Most pairs have one flat ground, a few are a grey level off in places: no more than that."""
+    source, images = discs(48, (120, 60, 40), 1), np.full((40, SIZE, SIZE, 3), (50, 60, 130), np.uint8)
+    images[:, 8:16, 8:16] += np.random.default_rng(0).integers(0, 80, (40, 1, 1, 3)).astype(np.uint8)
+    images[::9, :4, :4] += 1
+    found = filtering._outlyingness(Pairs(images, None, tuple(map(str, range(40))), pd.DataFrame({"pair_id": range(40)})), source)
+    assert found[::9].max() < np.delete(found, np.arange(0, 40, 9)).max()
 
 
 def test_area_weights_move_the_set_towards_the_references() -> None:

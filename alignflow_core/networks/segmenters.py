@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from alignflow_core.checkpoint import rebuilt, save_network
 from alignflow_core.config import SegmenterNetwork, Task
 from alignflow_core.flow.train import Step
-from alignflow_core.masks import from_regions, regions
+from alignflow_core.masks import from_regions, region_dice, regions
 from alignflow_core.networks.registry import ARCHITECTURES
 from alignflow_core.networks.transformer import read_layout
 from alignflow_core.pairs import to_unit
@@ -110,10 +110,8 @@ def predict(model: nn.Module, images: np.ndarray, task: Task, device: torch.devi
 
 
 def mean_dice(predicted: np.ndarray, truth: np.ndarray, task: Task) -> np.ndarray:
-    """Dice per image, averaged over class regions, [N]; 1 where a region is absent from both."""
-    a, b = regions(predicted, task), regions(truth, task)
-    overlap, total = (a & b).sum((2, 3)), a.sum((2, 3)) + b.sum((2, 3))
-    return np.where(total > 0, 2 * overlap / np.maximum(total, 1), 1.0).mean(1)
+    """Dice per image, averaged over the class regions that either has, [N]; 1 where neither has any."""
+    return region_dice(regions(predicted, task), regions(truth, task))
 
 
 def save_segmenter(folder: Path, weights: dict[str, Tensor], n_classes: int, network: SegmenterNetwork, task: Task, root: Path | None = None,
