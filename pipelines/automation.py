@@ -13,7 +13,7 @@ from alignflow_core.runner import code_hash, provenance_file, raw_dirs
 from alignflow_core.stages import Stage, artifact_dir, node_id
 from pipelines.assets import input_versions, partitions
 from pipelines.plan import Lane, causes, job_of, lanes, stale_nodes, upstream_lanes
-from pipelines.resources import fail_dead_runs
+from pipelines.resources import fail_dead_runs, nameless
 
 DATA_VERSION_TAG = "dagster/data_version"
 UNFINISHED = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED]
@@ -74,6 +74,7 @@ def inputs_sensor(root: Path) -> dg.SensorDefinition:
     """Observes changed inputs, so that the interface shows what is stale; hashes files only if something was touched."""
     @dg.sensor(name="changed_inputs", minimum_interval_seconds=30, default_status=dg.DefaultSensorStatus.RUNNING,
                description="Looks at params.yaml and the raw folders and marks what depends on a changed one as stale. Builds nothing.")
+    @nameless
     def changed_inputs(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         fail_dead_runs(context.instance)
         now = signature(root)
@@ -95,6 +96,7 @@ def stale_sensor(root: Path, lane_jobs: Sequence[Any]) -> dg.SensorDefinition:
     @dg.sensor(name="build_stale", minimum_interval_seconds=30, default_status=dg.DefaultSensorStatus.STOPPED,
                jobs=lane_jobs,
                description="Builds what 'alignflow plan' calls stale: one run a domain, a target, and for what they share. Off until switched on.")
+    @nameless
     def build_stale(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         fail_dead_runs(context.instance)
         busy = context.instance.get_runs(dg.RunsFilter(statuses=UNFINISHED), limit=1)

@@ -15,6 +15,7 @@ from alignflow_core.config import load_project
 from alignflow_core.runner import provenance_file
 from alignflow_core.stages import STAGES
 from pipelines.plan import plan
+from pipelines.resources import nameless
 
 RESULTS, UP_TO_DATE = ("compare", "report"), "up_to_date"
 
@@ -49,6 +50,7 @@ def freshness_sensor(root: Path, signature: Callable[[Path], str]) -> dg.SensorD
     """
     @dg.sensor(name="stale_results", minimum_interval_seconds=120, default_status=dg.DefaultSensorStatus.RUNNING,
                description="Marks the comparison and the report when something they rest on has changed. Builds nothing.")
+    @nameless
     def stale_results(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         files = [provenance_file(root, stage.name, key) for stage, key in load_project(root / "params.yaml").graph.nodes()]
         now = json_hash([signature(root), [file.stat().st_mtime_ns if file.exists() else None for file in files]])

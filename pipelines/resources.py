@@ -1,6 +1,7 @@
 """How a stage is run on behalf of Dagster, and where Dagster keeps its records."""
 
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -8,8 +9,9 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import psutil
@@ -208,6 +210,18 @@ def stop_all() -> None:
 def this_process() -> str:
     """This process as a run's tag: host, pid and start, for pids are used again."""
     return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
+
+
+def nameless(look: Callable[..., Any]) -> Callable[..., Any]:
+    """A sensor's look whose record does not name a raw file that cannot be read: it may have a patient's name."""
+    @functools.wraps(look)
+    def looked(context: dg.SensorEvaluationContext) -> Any:
+        try:
+            return look(context)
+        except OSError as error:
+            return dg.SkipReason(f"an input cannot be read ({error.strerror}); 'alignflow plan' names it")
+
+    return looked
 
 
 def fail_dead_runs(instance: dg.DagsterInstance) -> None:

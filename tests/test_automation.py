@@ -53,6 +53,7 @@ def test_what_touches_an_input(smoke_root: Path, name: str) -> None:
     moments, data = smoke_root / "amber.safetensors", smoke_root / "data"
     moments.write_text("moments")
     layout = Folders(data / "source/standard", {"amber": data / "target/amber"}, str(moments)).layout()
+    (smoke_root / "params.yaml").unlink()
     write_params(smoke_root / "params.yaml", ["task=refuge", "profile=smoke"], layout)
     before = signature(smoke_root)
     (smoke_root / name).unlink(missing_ok=True)
@@ -60,6 +61,18 @@ def test_what_touches_an_input(smoke_root: Path, name: str) -> None:
     assert (missing != before) is (name == moments.name)
     (smoke_root / name).symlink_to("nowhere")
     assert signature(smoke_root) not in (before, missing)
+
+
+@pytest.mark.parametrize("sensor", ["changed_inputs", "build_stale"])
+def test_a_file_that_cannot_be_read_is_not_named(smoke_root: Path, sensor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(smoke_root / "Mueller_Hans.png"))
+
+    monkeypatch.setattr("pipelines.automation.signature", refuse)
+    definitions = build_definitions(smoke_root)
+    with dg.DagsterInstance.ephemeral() as instance:
+        tick = definitions.resolve_sensor_def(sensor).evaluate_tick(dg.build_sensor_context(instance, definitions=definitions))
+    assert tick.skip_message == "an input cannot be read (Permission denied); 'alignflow plan' names it"
 
 
 def test_a_target_added_later_waits_and_the_others_do_not(smoke_root: Path) -> None:
