@@ -15,8 +15,10 @@ import pytest
 import yaml
 from PIL import Image
 
+from alignflow_core.artifact import write_json
 from alignflow_core.config import Task, load_project
 from alignflow_core.pairs import Pairs, write_pairs
+from alignflow_core.runner import provenance_file
 from alignflow_core.stages import artifact_dir
 from pipelines.cli import main
 from pipelines.compose import options as names
@@ -235,6 +237,8 @@ def test_export_writes_masks_as_the_task_reads_them(smoke_root: Path, tmp_path: 
         write_pairs(folders[0], Pairs(images, masks, tuple(ids), pd.DataFrame({"pair_id": ids, "mask_id": ids, "seed": range(4)})))
         pd.DataFrame({"pair_id": ids, "kept": [True, False, True, True], "reason": ["", "copy", "", ""],
                       "novelty": 1.0}).to_parquet(folders[1] / "manifest.parquet")
+        write_json(provenance_file(smoke_root, "sample_aligned", target), {"content": "pairs"})
+        write_json(provenance_file(smoke_root, "filter", target), {"inputs": {"sample_aligned": "pairs"}})
     write_banks(smoke_root)
     out = tmp_path / "pairs"
     (out.parent / "file").write_text("")

@@ -165,7 +165,8 @@ def test_equal_images_share_a_group_and_a_split(project: Path) -> None:
 
 
 def test_drawn_references_come_from_the_training_split_and_nest(project: Path) -> None:
-    run_stage(project, "data", "there", quiet=True)
+    for domain in ("here", "there"):
+        run_stage(project, "data", domain, quiet=True)
     run_stage(project, "references", "there", quiet=True)
     domain, drawn = read_pairs(project / "artifacts/data/there"), read_pairs(project / "artifacts/references/there")
     assert list(drawn.table.columns) == ["case_id", "domain", "group", "role", "labelled", "image_sha256", "width", "height"]
@@ -184,7 +185,8 @@ def test_references_from_a_folder_without_labels(project: Path) -> None:
     for n in range(4):
         save(Image.fromarray(np.full((8, 8, 3), 7 * n, np.uint8)), project / "refs" / f"new{n}.png")
     set_references(project, {"dir": "refs"})
-    run_stage(project, "data", "there", quiet=True)
+    for domain in ("here", "there"):
+        run_stage(project, "data", domain, quiet=True)
     run_stage(project, "references", "there", quiet=True)
     references = read_pairs(project / "artifacts/references/there")
     assert len(references) == 4 and references.masks is None and not references.table["labelled"].any()

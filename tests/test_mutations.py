@@ -236,6 +236,7 @@ TABLE: dict[str, list[tuple[str, str, str | None, tuple[str, ...]]]] = {
          setting("unknown arm")),
         ("architectures once", "if len(set(self.architectures)) < len(self.architectures):", None, setting("architecture twice")),
         ("names are no paths", "if not re.fullmatch(NAME_PATTERN, name):", "if False:", setting("name that is a path")),
+        ("names are told", "if (why := wrong_name(name))]", "if (why := '')]", setting("name that is a path", "name that is a number to DVC")),
         ("names are no numbers", "if re.fullmatch(NO_TEXT, name) else", "if False else", setting("name that is a number to DVC")),
         ("names as a whole", "re.fullmatch(NAME_PATTERN, name)", "re.match(NAME_PATTERN, name)",
          setting("name that begins well", "name of two lines")),

@@ -64,6 +64,7 @@ def test_another_key_changes_ids_and_nothing_else(smoke_root: Path, other_key: P
     tables = {}
     for root, key in ((smoke_root, other_key), (twin, other_key.with_name("second.key"))):
         monkeypatch.setenv(site_key.VARIABLE, str(key))
+        run_stage(root, "data", "standard", quiet=True)
         for stage, name in (("data", "amber"), ("references", "amber")):
             run_stage(root, stage, name, quiet=True)
             tables[root, stage] = pd.read_parquet(root / f"artifacts/{stage}/amber/manifest.parquet")
