@@ -1,5 +1,6 @@
 """Synthesis: noise -> mask, mask -> image, one seed per pair, so that pair i is the same in any batch or after any restart."""
 
+import io
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from scipy.ndimage import binary_fill_holes, label
 from torch import Tensor
 from torch.nn import functional
 
-from alignflow_core.artifact import read_json
+from alignflow_core.artifact import read_json, write_whole
 from alignflow_core.config import Sample, Task
 from alignflow_core.devices import Replayed, autocast, placed, prepare
 from alignflow_core.errors import StageError
@@ -163,8 +164,9 @@ def _paint(config: Any, checkpoint_dir: Path, masks_dir: Path, out_dir: Path, co
         if not part.exists():
             model.load_state_dict(weights[strength])
             seen = (begin, source.images[table["seed"].to_numpy()[rows]]) if source and begin else None  # a real mask's number is its row
-            np.save(part.with_suffix(".part.npy"), _painted(velocity, facts, masks[rows], ("pair", rows.tolist()), config, device, seen))
-            part.with_suffix(".part.npy").rename(part)
+            chunk = io.BytesIO()
+            np.save(chunk, _painted(velocity, facts, masks[rows], ("pair", rows.tolist()), config, device, seen))
+            write_whole(part, chunk.getvalue())
         images[rows] = read_array(part)
         done += len(rows)
         context.progress(done, len(masks), "images")

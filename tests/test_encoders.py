@@ -14,7 +14,7 @@ from alignflow_core.errors import InputError
 from alignflow_core.networks import velocity_unet
 from alignflow_core.networks.segmenters import build_segmenter
 from alignflow_core.reward import pretrained, regions, registry, self_supervised
-from alignflow_core.reward.encoders import Material, Standardised, build, pool
+from alignflow_core.reward.encoders import Material, Standardised, _on_grid, build, pool
 from alignflow_core.reward.statconv import StatConv
 
 NETWORK = Network(channels=(8, 16), attention=(False, False), head_channels=8)
@@ -122,6 +122,15 @@ def test_pooling_by_hand() -> None:
     assert mean == pytest.approx(3.5) and deviation == pytest.approx(((6.25 + 0.25 + 2 * 2.25) / 4) ** 0.5, abs=1e-4)
 
 
+@pytest.mark.parametrize("cell", [8, 16, 32])
+def test_a_small_region_in_large_cells_is_not_described_as_nothing(cell: int) -> None:
+    region = torch.zeros(1, 256, 256)
+    region[:, 100:103, 100:103] = 1  # the smallest that is described
+    grid = torch.full((1, 1, 256 // cell, 256 // cell), 7.0)
+    mean, deviation = pool(grid, _on_grid(region, grid))[0].tolist()
+    assert mean == pytest.approx(7.0, rel=1e-5) and deviation < 0.01
+
+
 def test_pseudo_regions_are_the_confident_pixels() -> None:
     inside = torch.tensor([0.95, 0.9, 0.5, 0.1]).view(1, 1, 2, 2)
     cup = torch.tensor([0.9, 0.02, 0.5, 0.9]).view(1, 1, 2, 2)
@@ -144,15 +153,18 @@ def test_nt_xent_by_hand() -> None:
     assert float(self_supervised.nt_xent(a, a, 1.0)) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["clip", "resnet"])
+@pytest.mark.parametrize("kind", ["clip", "resnet", "swin"])
 def test_pretrained_networks_of_other_shapes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import CLIPVisionConfig, CLIPVisionModel, ResNetConfig, ResNetModel
+    from transformers import CLIPVisionConfig, CLIPVisionModel, ResNetConfig, ResNetModel, SwinConfig, SwinModel
 
     torch.manual_seed(0)
     if kind == "clip":
         CLIPVisionModel(CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=64,
                                          patch_size=16)).save_pretrained(tmp_path)
         (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}')
+    elif kind == "swin":
+        SwinModel(SwinConfig(image_size=64, patch_size=4, embed_dim=8, depths=[1, 1, 1], num_heads=[1, 2, 4],
+                             window_size=4)).save_pretrained(tmp_path)
     else:
         ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")).save_pretrained(tmp_path)
     monkeypatch.setattr(pretrained, "SIDE", 64)

@@ -16,6 +16,7 @@ from alignflow_core.reward.regions import MIN_PIXELS, view
 from alignflow_core.reward.registry import ENCODERS
 
 BORDER_POWER = 4
+LEAST_WEIGHT = 1e-20  # less than a region of any size has: nine pixels in cells of 32 have 6e-9
 
 
 class Encoder(nn.Module, ABC):
@@ -116,7 +117,7 @@ def pool(x: Tensor, weights: Tensor) -> Tensor:
 
     The small constant keeps the root's gradient finite on flat images.
     """
-    share = (weights / weights.sum((1, 2), keepdim=True).clamp_min(1e-6)).unsqueeze(1)
+    share = (weights / weights.sum((1, 2), keepdim=True).clamp_min(LEAST_WEIGHT)).unsqueeze(1)
     mean = (x * share).sum((2, 3))
     variance = ((x - mean[..., None, None]).square() * share).sum((2, 3))
     return torch.cat([mean, (variance + 1e-6).sqrt()], dim=1)

@@ -5,6 +5,7 @@ Only safetensors are read: neither pickle nor TorchScript, which can run code. N
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Pretrained(Encoder):
     def _as_map(self, state: Tensor) -> Tensor:
         if state.ndim == 4:
             return state
-        side = SIDE // self.patch  # class and register tokens stand before the patches
+        side = min(SIDE // self.patch, math.isqrt(state.shape[1]))  # class and register tokens come before the patches; Swin's later maps are smaller
         return state[:, -side * side:].transpose(1, 2).unflatten(2, (side, side))
 
 
