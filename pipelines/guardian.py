@@ -29,12 +29,22 @@ def main(command: list[str]) -> int:
     stopping = threading.Event()
     stopper = threading.Thread(target=stop_with_caller, args=(stopping,), daemon=True)
     stopper.start()
-    code = process.wait()
+    code = process.returncode = ended(process.pid)
     if stopping.is_set():  # who stops may have collected the command first, and its code reads 0: to leave now would spare the rest
         stopper.join()
     if code:
         stop_descendants()  # what was killed leaves its own children behind
     return code if code >= 0 else 128 - code
+
+
+def ended(command: int) -> int:
+    """Exit code of the command; until then whoever was given to us is collected when it ends, for a server lives long and starts many."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, status = os.wait()
+            if pid == command:
+                return os.waitstatus_to_exitcode(status)
+    return 0
 
 
 def stop_with_caller(stopping: threading.Event) -> None:

@@ -16,7 +16,7 @@ import pytest
 from toy_project import REPOSITORY
 
 from alignflow_core.errors import InputError, StageError
-from pipelines import resources
+from pipelines import guardian, resources
 from pipelines.guardian import STEPS, STOP_SECONDS
 
 STAGE = """
@@ -156,6 +156,20 @@ def test_what_an_exit_means(tmp_path: Path, code: str, kind: type[Exception], sa
     with pytest.raises(kind) as caught:
         resources.run_guarded(python(code), tmp_path)
     assert type(caught.value) is kind and says in str(caught.value)
+
+
+def test_a_guardian_collects_who_was_left_to_it() -> None:
+    """Run workers of a server outlive who started them, and end: nothing stays of them in the table of processes."""
+    orphan = "import time\nif os.fork() == 0:\n    if os.fork() == 0:\n        time.sleep(.2)\n    os._exit(0)\nos.wait()\ntime.sleep(60)"
+    command = [sys.executable, "-P", guardian.__file__, *python(orphan)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:
+        seen: set[int] = set()
+        until = time.monotonic() + 20
+        while time.monotonic() < until and (len(seen) < 2 or len(psutil.Process(process.pid).children()) > 1):
+            seen |= {child.pid for child in psutil.Process(process.pid).children()}
+            time.sleep(0.02)
+        assert len(seen) == 2 and [child.status() == psutil.STATUS_ZOMBIE for child in psutil.Process(process.pid).children()] == [False]
+        resources.stop(process)
 
 
 def test_what_a_command_says_is_passed_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
