@@ -7,6 +7,7 @@ A raw folder has ``images/`` and ``masks/``, partners share the stem. An optiona
 import csv
 import io
 import os
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,7 +130,7 @@ def _by_stem(folder: Path, problems: list[str], ignored: tuple[str, ...] = ()) -
     for name in sorted(os.listdir(folder)):
         if name.startswith(".") or name.lower() in (*IGNORED, *ignored):
             continue
-        if not name.isprintable():  # nor are bytes that are no UTF-8
+        if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):  # ends of lines, and bytes that are no UTF-8
             problems.append(f"{folder / name}".encode("unicode_escape").decode() + ": has a name that cannot be written; rename it")
             continue
         stem, suffix = os.path.splitext(name)

@@ -57,8 +57,8 @@ def follow(root: Path) -> None:
         others = store.execute("SELECT DISTINCT artifact_location FROM experiments WHERE artifact_location LIKE 'file:%/mlruns' "
                                "AND artifact_location != ?", (here,)).fetchall()
         for (there,), (table, column) in itertools.product(others, ADDRESSES):
-            store.execute(f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR {column} LIKE ?",  # noqa: S608  # both ours
-                          (here, len(there) + 1, there, there + "/%"))
+            store.execute(f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?",  # noqa: S608  # both ours
+                          (here, len(there) + 1, len(there) + 1, there + "/"))
 
 
 @cache

@@ -401,7 +401,10 @@ def test_command_exits_2_and_writes_nothing(project: Path) -> None:
 
 
 def test_names_that_cannot_be_written_are_told(folder: Path) -> None:
-    """A name in Latin 1, as old archives hold them, and one with a line break."""
+    """A name in Latin 1, as old archives hold them, and one with a line break; spaces of any width and accents are fine."""
+    for part in ("images", "masks"):
+        (folder / part / "a3.png").rename(folder / part / "Sch\u00f6n 3.04\u202fPM\u00a0\u3000.png")
+    check_folder(folder, LABELS)
     os.rename(folder / "images/a1.png", os.fsencode(folder / "images") + b"/caf\xe9.png")
     (folder / "images/a2.png").rename(folder / "images/a\n2.png")
     found = [problem for problem in problems(folder) if "cannot be written" in problem]

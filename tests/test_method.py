@@ -444,3 +444,8 @@ def test_segmenters_find_the_disc_and_arms_differ_in_their_images_only(built: di
     test = read_pairs(built["data:source"], "test")
     found = predict(load_segmenter(built["segment_source"] / "source" / "seed0", torch.device("cpu")), test.images, CONFIG.task, torch.device("cpu"))
     assert (2 * (found & test.labels).sum() / (found.sum() + test.labels.sum())) > 0.8
+
+
+@pytest.mark.parametrize(("n_steps", "begin", "steps"), [(10, 0.7, 3), (12, 0.5, 6), (3, 0.5, 2), (12, 0.0, 12)])
+def test_steps_from_a_start_are_about_as_long_as_those_from_noise(n_steps: int, begin: float, steps: int) -> None:
+    assert sample._steps(dataclasses.replace(CONFIG.sample, n_steps=n_steps), begin) == steps
