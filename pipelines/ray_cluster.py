@@ -19,14 +19,27 @@ from ray.exceptions import RayTaskError, TaskCancelledError
 from alignflow_core.config import load_project
 from alignflow_core.errors import InputError, StageError
 from alignflow_core.stages import STAGES, Stage, node_id
+from pipelines.assets import without_names
 from pipelines.definitions import build_definitions
 from pipelines.plan import plan
-from pipelines.resources import StageRunner, project_root
+from pipelines.resources import NoDvcError, StageRunner, project_root
 from pipelines.sync import sync
 
 GRACE_SECONDS = 60.0  # for training loops to save their state
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+class ClusterError(StageError):
+    """Stages that failed on the cluster.
+
+    Attributes:
+        causes: stage with its key, such as ``align@amber`` -> what ended its task.
+    """
+
+    def __init__(self, causes: dict[str, Exception]) -> None:
+        super().__init__("; ".join(f"{node}: {cause}" for node, cause in causes.items()))
+        self.causes = causes
 
 
 def build_stage(root: str, stage: str, key: str | None, *after: str) -> str:
@@ -58,7 +71,7 @@ def fan_out(root: Path, nodes: Sequence[tuple[Stage, str | None]]) -> list[str]:
 
     Raises:
         InputError: no DVC project.
-        StageError: stages that failed, with what they said.
+        ClusterError: some stages failed.
     """
     if not (root / ".dvc").is_dir():
         raise InputError(f"{root}: not a DVC project; run 'git init' and 'dvc init' there")
@@ -84,18 +97,29 @@ def fan_out(root: Path, nodes: Sequence[tuple[Stage, str | None]]) -> list[str]:
 
 def results(tasks: dict[str, Any]) -> list[str]:
     """Names of finished tasks; what failed is named once, not again for all that waited for it."""
-    first: BaseException | None = None
-    problems: dict[str, str] = {}  # what was said -> who said it first: tasks that waited for a failed one repeat it
+    causes: dict[str, Exception] = {}
     for node, task in tasks.items():
         try:
             ray.get(task)
         except (RayTaskError, TaskCancelledError) as error:
             cause = getattr(error, "cause", None) or error
-            first = first or cause
-            problems.setdefault(str(cause), node)
-    if problems:
-        raise StageError("; ".join(f"{node}: {said}" for said, node in problems.items())) from first
+            if str(cause) not in map(str, causes.values()):  # tasks that waited for a failed one repeat what it said
+                causes[node] = cause
+    if causes:
+        raise ClusterError(causes)
     return list(tasks)
+
+
+def for_the_record(nodes: Sequence[tuple[Stage, str | None]], failed: ClusterError) -> dg.Failure:
+    """What Dagster, whose records are kept, is told of failed tasks: all they said, but for those that may name raw files."""
+    told = []
+    for stage, key in nodes:
+        node = node_id(stage.name, key)
+        if node in failed.causes:
+            cause = failed.causes[node]
+            may_name_files = stage.raw and not isinstance(cause, StageError | NoDvcError)
+            told.append(f"{node}: {without_names(stage, key, cause).description if may_name_files else cause}")
+    return dg.Failure("; ".join(told), allow_retries=False)
 
 
 class RayStageRunner(StageRunner):
@@ -111,8 +135,9 @@ class RayStageRunner(StageRunner):
         """See :meth:`StageRunner.build`; errors come back as what they were."""
         try:
             fan_out(Path(self.root), [(STAGES[stage], key)])
-        except StageError as error:
-            raise error.__cause__ if isinstance(error.__cause__, InputError | StageError) else error from None
+        except ClusterError as failed:
+            cause = failed.causes[node_id(stage, key)]
+            raise cause if isinstance(cause, InputError | StageError) else failed from None
 
 
 def on_ray(root: Path, cluster: RayResource) -> dg.Definitions:
@@ -121,7 +146,11 @@ def on_ray(root: Path, cluster: RayResource) -> dg.Definitions:
     def fan_out_stale(context: dg.OpExecutionContext, cluster: RayResource) -> None:
         stale = {node for node, _ in plan(root)}
         nodes = [(stage, key) for stage, key in load_project(root / "params.yaml").graph.nodes() if node_id(stage.name, key) in stale]
-        context.log.info(f"built on Ray: {', '.join(fan_out(root, nodes))}")
+        try:
+            built = fan_out(root, nodes)
+        except ClusterError as failed:
+            raise for_the_record(nodes, failed) from None
+        context.log.info(f"built on Ray: {', '.join(built)}")
         sync(root)
 
     @dg.job(description="Build everything that is stale on the Ray cluster, targets side by side.", executor_def=dg.in_process_executor)

@@ -84,4 +84,27 @@ def test_a_failed_target_does_not_stop_the_others(changed: Path, monkeypatch: py
     monkeypatch.setenv("FAIL", "dim")
     said = run(changed, "-c", JOB, "job")
     assert said.count("align@dim: ") == 1 and "sample_aligned@dim" not in said
-    assert calls(changed) == rebuilt("amber") - Counter(["compare", "report"]) + Counter(["references@dim"])
+    assert calls(changed) == rebuilt("amber") - Counter(["compare", "report"]) + Counter(["references@dim", "segment_baselines@dim"])
+
+
+def test_no_name_of_a_raw_file_reaches_dagsters_records(changed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (changed / "alignflow_core" / "data.py").write_text("""
+import os
+from alignflow_core import toy
+from alignflow_core.errors import InputError
+
+
+def build(config, inputs, out_dir, context):
+    if context.key == os.environ.get("UNREADABLE"):
+        raise InputError("jane-doe.png: not an image; remove it")
+    return toy.build(config, inputs, out_dir, context)
+
+
+def __getattr__(name):
+    return build
+""")
+    monkeypatch.setenv("UNREADABLE", "dim")
+    said = run(changed, "-c", JOB, "job")
+    assert "data@dim: 1 problem(s)" in said and "stage data --domain dim" in said
+    for kept in (changed / ".alignflow" / "dagster").rglob("*"):
+        assert kept.is_dir() or b"jane-doe" not in kept.read_bytes(), kept
