@@ -49,6 +49,8 @@ def test_wilson_is_the_binomial_one_and_never_a_point():
     assert wilson(p, np.sqrt(p * (1 - p) / n), 80, z) == pytest.approx((centre - half, centre + half))
     assert wilson(p, 1e-9, n, z) == pytest.approx((centre - half, centre + half))  # never worth more images than there are
     assert wilson(1.0, np.nan, n, z) == pytest.approx((n / (n + z * z), 1)) and wilson(0.0, np.nan, n, z) == pytest.approx((0, z * z / (n + z * z)))
+    ends = [(wilson(0.0, np.nan, n, z)[0], wilson(1.0, np.nan, n, z)[1]) for n in range(1, 50)]
+    assert set(ends) == {(0.0, 1.0)}  # no 3e-18 in a table
 
 
 def test_what_cannot_be_known_is_nan():

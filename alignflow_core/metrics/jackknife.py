@@ -97,4 +97,5 @@ def wilson(share: float, error: float, units: int, quantile: float) -> tuple[flo
     worth = min(share * (1 - share) / error ** 2, units) if 0 < share < 1 else float(max(units, 1))
     centre, spread = share + quantile ** 2 / (2 * worth), share * (1 - share) / worth + quantile ** 2 / (4 * worth ** 2)
     width, total = quantile * np.sqrt(spread), 1 + quantile ** 2 / worth
-    return float((centre - width) / total), float((centre + width) / total)
+    low, high = float((centre - width) / total), float((centre + width) / total)
+    return 0.0 if share <= 0 else low, 1.0 if share >= 1 else high  # exactly, not up to rounding
