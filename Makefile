@@ -1,4 +1,4 @@
-# make setup | demo | test | nightly | reliability | bench | lint | lock | sbom
+# make setup | demo | test | nightly | reliability | bench | lint | lock | wheels | sbom
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -14,7 +14,7 @@ CUDA := bindings pathfinder toolkit
 NVIDIA := cublas cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx
 OUTSIDE_LOCK := torch triton $(CUDA:%=cuda-%) $(NVIDIA:%=nvidia-%)
 
-.PHONY: setup demo test nightly reliability bench lint lock sbom
+.PHONY: setup demo test nightly reliability bench lint lock wheels sbom
 
 setup: $(STAMP)
 
@@ -57,6 +57,11 @@ lock: setup
 	@. .ci/pip-settings && env -u UV_INDEX -u UV_FIND_LINKS $(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --upgrade \
 		--no-emit-index-url --no-emit-find-links --constraints <(echo '$(TORCH)') $(OUTSIDE_LOCK:%=--no-emit-package %) \
 		--no-annotate --custom-compile-command 'make lock' --quiet --output-file requirements.lock
+
+# For a machine without a network (README): the files of every package that 'make setup' installs, in wheels/.
+wheels: setup
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --dest wheels --no-deps --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --dest wheels '$(TORCH)' uv
 
 # The locked packages as a CycloneDX bill of materials; needs no network.
 sbom: setup
