@@ -35,6 +35,7 @@ SHARED_ARMS = STAGE_ARMS["segment_source"] + STAGE_ARMS["segment_stage1"]
 TARGET_ARMS = tuple(arm for arm in ARMS if arm not in SHARED_ARMS)
 
 COLOUR = "+colour"  # suffix of an arm under strong colour augmentation; a comparator's arms are its name without and with it
+KIND_CLASSES = {"binary": 1, "refuge": 2}  # that masks of this kind can have
 REWARD_COST = 5  # steps of the denoising loss alone that one with the reward takes the time of (64 px; twice as many at 48)
 
 
@@ -89,10 +90,19 @@ class Task:
     def __post_init__(self) -> None:
         one_of("task.kind", self.kind, ("binary", "refuge", "labels"))
         at_least("number of task.classes", len(self.classes), 1)
+        if len(set(self.classes)) < len(self.classes):
+            raise InputError(f"task.classes: {', '.join(self.classes)} names one twice; name each once")
+        # A class that no mask can have would count as found in every image.
+        if self.kind in KIND_CLASSES and len(self.classes) != KIND_CLASSES[self.kind]:
+            raise InputError(f"task.classes: masks of kind '{self.kind}' have {KIND_CLASSES[self.kind]}, got {', '.join(self.classes)}; "
+                             "name as many, or set task.kind=labels with task.values")
         if self.kind == "labels":
             wrong = [v for v in self.values.values() if not 0 <= v <= len(self.classes)]
             if not self.values or wrong:
                 raise InputError(f"task.values: needs file value -> class number in 0..{len(self.classes)}, got {self.values}")
+            unseen = [name for number, name in enumerate(self.classes, 1) if number not in self.values.values()]
+            if unseen:
+                raise InputError(f"task.values: no value stands for {', '.join(unseen)}; give one, or leave the class out of task.classes")
 
 
 @dataclass(frozen=True)
@@ -164,6 +174,10 @@ class Training:
     def __post_init__(self) -> None:
         at_least("training.steps", self.steps, 1)
         at_least("training.batch", self.batch, 1)
+        at_least("training.save_every", self.save_every, 1)
+        at_least("training.log_every", self.log_every, 1)
+        at_least("training.warm_up", self.warm_up, 0)
+        positive("training.clip", self.clip)
         one_of("training.optimiser", self.optimiser, ("adamw", "muon"))
         positive("training.lr", self.lr)
         between("training.ema", self.ema, 0.0, 1.0)
@@ -178,6 +192,11 @@ class Times:
     uniform_share: float = 0.1
     shift: float = 1.0
 
+    def __post_init__(self) -> None:
+        positive("times.std", self.std)
+        between("times.uniform_share", self.uniform_share, 0.0, 1.0)
+        positive("times.shift", self.shift)
+
 
 @dataclass(frozen=True)
 class MaskFlow:
@@ -188,6 +207,10 @@ class MaskFlow:
     times: Times = field(default_factory=Times)
     clip: float = 12.0
     size: int = 32
+
+    def __post_init__(self) -> None:
+        positive("mask_flow.clip", self.clip)
+        at_least("mask_flow.size", self.size, 8)
 
 
 @dataclass(frozen=True)
@@ -204,6 +227,8 @@ class ImageFlow:
 
     def __post_init__(self) -> None:
         one_of("image_flow.coupling", self.coupling, ("independent", "minibatch_ot"))
+        positive("image_flow.clip", self.clip)
+        between("image_flow.condition_dropout", self.condition_dropout, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -277,6 +302,10 @@ class Labeller:
     training: Training = field(default_factory=Training)
     colour_strength: float = 0.4
     check_every: int = 50
+
+    def __post_init__(self) -> None:
+        at_least("labeller.colour_strength", self.colour_strength, 0.0)
+        at_least("labeller.check_every", self.check_every, 1)
 
 
 @dataclass(frozen=True)
@@ -377,6 +406,14 @@ class Align:
         at_least("align.recolour_steps", self.recolour_steps, 0)
         at_least("align.lora_rank", self.lora_rank, 1)
         at_least("align.k", self.k, 1)
+        at_least("align.rho", self.rho, 0.0)
+        at_least("align.prior_count", self.prior_count, 0.0)
+        positive("align.temperature", self.temperature)
+        at_least("align.queue", self.queue, 0)
+        at_least("align.relabel_pairs", self.relabel_pairs, 1)
+        at_least("align.check_every", self.check_every, 1)
+        at_least("align.check_samples", self.check_samples, 2)
+        at_least("align.patience", self.patience, 1)
         if self.rho > 0:  # samples are compared as a set, whose spread one does not tell
             at_least("align.training.batch", self.training.batch, 2)
         if self.denoise == "none" and self.rho == 0:
@@ -521,6 +558,10 @@ class Sample:
         one_of("sample.mask_source", self.mask_source, ("real", "flow", "mixed"))
         at_least("sample.n_pairs", self.n_pairs, 4)
         at_least("sample.n_paired", self.n_paired, 2)
+        at_least("sample.batch", self.batch, 1)
+        at_least("sample.n_steps", self.n_steps, 1)
+        between("sample.area_quantile", self.area_quantile, 0.0, 0.5)
+        between("sample.copy_dice", self.copy_dice, 0.0, 1.0)
         at_least("number of sample.strengths", len(self.strengths), 1)
         for strength in self.strengths:
             between("sample.strengths", strength, 0.0, 1.5)
@@ -543,6 +584,12 @@ class Filter:
     agreement_ratio: float = 0.85
     judge_steps: int = 200
     match_areas: bool = False
+
+    def __post_init__(self) -> None:
+        positive("filter.outlier_limit", self.outlier_limit)
+        between("filter.copy_quantile", self.copy_quantile, 0.0, 1.0)
+        at_least("filter.agreement_ratio", self.agreement_ratio, 0.0)
+        at_least("filter.judge_steps", self.judge_steps, 1)
 
 
 @dataclass(frozen=True)
@@ -573,6 +620,9 @@ class Segment:
             raise InputError(f"segment.architectures: {', '.join(self.architectures)} names one twice; name each once")
         at_least("segment.seeds", self.seeds, 1)
         between("segment.synthetic_share", self.synthetic_share, 0.0, 1.0)
+        at_least("segment.check_every", self.check_every, 1)
+        at_least("segment.colour_strength", self.colour_strength, 0.0)
+        between("segment.fourier_beta", self.fourier_beta, 0.0, 0.5)
 
 
 @dataclass(frozen=True)
@@ -587,6 +637,11 @@ class Evaluate:
     baselines: tuple[str, ...] = ("source", "stage1")
     copy_quantile: float = 0.01
     lpips_weights: str | None = None
+
+    def __post_init__(self) -> None:
+        at_least("evaluate.bootstrap", self.bootstrap, 1)
+        between("evaluate.level", self.level, 0.01, 0.9999)
+        between("evaluate.copy_quantile", self.copy_quantile, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -642,7 +697,12 @@ class Project:
                 problems.append(f"targets.{name}.painter: stage 2 rolls out a flow, '{target.painter}' is a {process}; name a flow")
             elif target.domain == self.source:
                 problems.append(f"targets.{name}.domain: '{target.domain}' is the source; name another domain")
+        problems += [f"targets.{name}.variant_of: '{target.variant_of}' is itself a variant; name the target that both belong to"
+                     for name, target in self.targets.items()
+                     if target.variant_of in self.targets and self.targets[target.variant_of].variant_of is not None]
         problems += [f"comparators.{name}: is the name of an arm; choose another" for name in self.comparators if name in ARMS]
+        arms = (*ARMS, *self.comparators, *(name + COLOUR for name in self.comparators))
+        problems += [f"evaluate.baselines: unknown arm '{arm}'{nearest(arm, arms)}" for arm in self.evaluate.baselines if arm not in arms]
         if self.filter.match_areas:
             problems += [f"filter.match_areas: needs the reference images of every target, targets.{name}.references.file holds moments alone; "
                          "set filter.match_areas=false" for name, target in self.targets.items() if target.references.file is not None]

@@ -197,6 +197,12 @@ TABLE: dict[str, list[tuple[str, str, str | None, tuple[str, ...]]]] = {
     "config.py": [
         ("labels without values", "if not self.values or wrong:", "if wrong:", setting("labels without values")),
         ("labels of no class", "if not self.values or wrong:", "if not self.values:", setting("value of no class")),
+        ("labels of every class", "if unseen:", None, setting("value of a class that none has")),
+        ("classes once", "if len(set(self.classes)) < len(self.classes):", None, setting("a class twice")),
+        ("classes of a kind", "if self.kind in KIND_CLASSES and", "if False and", setting("more classes than the kind has")),
+        ("baselines", "for arm in self.evaluate.baselines if arm not in arms]", "for arm in self.evaluate.baselines if False]",
+         setting("unknown baseline")),
+        ("variants of targets", "if target.variant_of in self.targets and self", "if False and self", setting("variant of a variant")),
         ("one kind of references", "if self.dir is not None and self.file is not None:", None, setting("folder and file")),
         ("levels", "if len(self.channels) != len(self.attention):", None, setting("levels of a network")),
         ("norm groups", "if any(c % self.norm_groups for c in self.channels):", None, setting("groups of a network")),
