@@ -1,7 +1,7 @@
 """``alignflow audit``: near copies of training or reference images among synthetic ones, of a run or of an exported folder."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from alignflow_core.config import Project, load_project
 from alignflow_core.errors import InputError
 from alignflow_core.stages import artifact_dir
+from pipelines.lineage import of_one_piece
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,6 +56,12 @@ class Verdict:
         return unseen | {"pairs": len(self.ids), "audited": not self.missing, "not_calibrated": self.missing, "banks": self.banks, "flagged": rows}
 
 
+def mixed(run: Path, project: Project, targets: Iterable[str]) -> list[str]:
+    """Targets whose pairs, verdicts, references and images on disk are not of each other: after a change of a run that was not finished."""
+    return [f"{run / artifact_dir('filter', target)}: judged other pairs, or pairs of other references or images, than lie there now; finish the "
+            "run first" for target in targets if not of_one_piece(run, project, ("filter", target))]
+
+
 def audit_run(run: Path, target: str, chosen: "np.ndarray | None" = None) -> Verdict:
     """Audit the pairs of one target of a run that filtering kept, or those of a boolean row mask.
 
@@ -67,6 +74,8 @@ def audit_run(run: Path, target: str, chosen: "np.ndarray | None" = None) -> Ver
 
     _require(run, target, "sample_aligned", "filter")
     pairs = read_pairs(run / artifact_dir("sample_aligned", target))
+    if problems := mixed(run, load_project(run / "params.yaml"), [target]):
+        raise InputError(*problems)
     if chosen is None:
         chosen = pd.read_parquet(run / artifact_dir("filter", target) / "manifest.parquet")["kept"].to_numpy(dtype=bool)
     kept = pairs.select(chosen)
@@ -81,8 +90,10 @@ def audit_images(run: Path, target: str, images: "np.ndarray", ids: Sequence[str
     project = load_project(run / "params.yaml")
     domains = project.source, project.targets[target].domain
     folders = [run / artifact_dir("data", domain) for domain in domains]
-    _require(run, target, "references")
+    _require(run, target, "references", "sample_aligned", "filter")
     _built(folders)
+    if problems := mixed(run, project, [target]):
+        raise InputError(*problems)
     known = audit.banks(read_pairs(folders[0]), read_pairs(run / artifact_dir("references", target)), read_pairs(folders[1], "test"))
     checks = audit.check(images, known, project.evaluate.copy_quantile)
     banks = {name: {"images": len(known[name].seen), "calibration_images": found.n_calibration, "calibrated": found.calibrated,

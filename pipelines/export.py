@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alignflow_core.artifact import read_json, write_json
+from alignflow_core.artifact import write_json
 from alignflow_core.config import Project, Task, load_project
 from alignflow_core.errors import InputError
-from alignflow_core.runner import provenance_file
 from alignflow_core.stages import artifact_dir
-from pipelines.audit import Verdict, audit_run
+from pipelines.audit import Verdict, audit_run, mixed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,17 +94,9 @@ def refuse_unbuilt(run: Path, project: Project, out: Path, *more: Path) -> None:
     needed = [*(run / artifact_dir(stage, target) for target in project.targets for stage in ("sample_aligned", "filter")), *more]
     unbuilt = [folder for folder in needed if not (folder / "manifest.parquet").exists()]
     problems += [f"{folder}: not built yet; finish the run first" for folder in unbuilt]
-    if not unbuilt:  # a run that was stopped between the two has new pairs and the verdict on the old ones
-        problems += [f"{run / artifact_dir('filter', target)}: judged other pairs than {run / artifact_dir('sample_aligned', target)} holds; "
-                     "finish the run first" for target in project.targets if not judged(run, target)]
+    problems += [] if unbuilt else mixed(run, project, project.targets)
     if problems:
         raise InputError(*problems)
-
-
-def judged(run: Path, target: str) -> bool:
-    """Whether the filter's verdict is on the pairs that lie there."""
-    verdict, pairs = (read_json(provenance_file(run, stage, target)) for stage in ("filter", "sample_aligned"))
-    return bool(verdict["inputs"]["sample_aligned"] == pairs["content"])
 
 
 def published(out: Path, write: Callable[[Path], None]) -> None:
@@ -180,7 +171,7 @@ def pairs_of(run: Path, target: str, choice: Choice, gate: Gate) -> "tuple[Pairs
 
 
 def write_png(folder: Path, arrays: np.ndarray, names: list[str]) -> None:
-    """uint8 arrays [N, H, W] or [N, H, W, 3] as ``<name>.png``."""
+    """uint8 arrays [N, H, W] or [N, H, W, 3], or uint16 ones [N, H, W], as ``<name>.png``."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,7 +194,7 @@ def _record(choice: Choice, gate: Gate) -> dict[str, Any]:
 
 
 def mask_values(task: Task) -> np.ndarray:
-    """File value of each class number, uint8 [classes + 1]: the inverse of how the task reads masks."""
+    """File value of each class number, uint8 (uint16 where one is above 255) [classes + 1]: the inverse of how the task reads masks."""
     if task.kind == "refuge":
         values = [255, 128, 0]
     elif task.kind == "binary":
@@ -211,4 +202,4 @@ def mask_values(task: Task) -> np.ndarray:
     else:
         numbers = {number: value for value, number in reversed(task.values.items())}
         values = [numbers.get(number, 0) for number in range(len(task.classes) + 1)]
-    return np.array(values, dtype=np.uint8)
+    return np.array(values, dtype=np.uint8 if max(values) < 256 else np.uint16)

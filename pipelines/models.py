@@ -25,7 +25,8 @@ from alignflow_core.artifact import file_hash, json_hash, read_json
 from alignflow_core.config import Project
 from alignflow_core.networks.registry import arm_folder
 from alignflow_core.runner import provenance_file
-from alignflow_core.stages import STAGES, artifact_dir, node_id
+from alignflow_core.stages import artifact_dir, node_id
+from pipelines.lineage import of_one_piece
 from pipelines.versions import NodeName
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def register(store: "MlflowClient", root: Path, project: Project, node: NodeName
     """
     for model in measured_by(project, *node):
         files = model.files(root)
-        if not files or not _of_one_piece(root, project, node):
+        if not files or not of_one_piece(root, project, node):
             continue
         measurement = f"measured/{_instrument(root, model)}.parquet"
         content = json_hash({name: file_hash(file) for name, file in files.items() if file.name == "config.json"})  # which names its weights' hash
@@ -180,20 +181,6 @@ def _judge(store: "MlflowClient", model: Model, version: "ModelVersion", values:
         store.set_registered_model_alias(model.name, CHAMPION, str(version.version))
     return (f"{'became' if low > 0 else 'did not become'} champion: Dice {mean:+.4f} [{low:+.4f}, {high:+.4f}] against version {champion.version}, "
             f"over {units} patients, sequences or images")
-
-
-def _of_one_piece(root: Path, project: Project, node: NodeName) -> bool:
-    """Whether every artifact upstream lies on disk as it was read: another run may have replaced the network since it was measured."""
-    known: dict[NodeName, bool] = {}
-
-    def visit(stage: str, key: str | None) -> bool:
-        if (stage, key) not in known:
-            read = read_json(provenance_file(root, stage, key))["inputs"]
-            known[stage, key] = all(provenance_file(root, *above).exists() and read_json(provenance_file(root, *above))["content"] == read.get(name)
-                                    and visit(*above) for name, above in project.graph.inputs(STAGES[stage], key).items())
-        return known[stage, key]
-
-    return visit(*node)
 
 
 def _instrument(root: Path, model: Model) -> str:

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from provenance import of_one_piece, replaced
 from scipy.ndimage import affine_transform
 
-from alignflow_core.artifact import write_json
 from alignflow_core.config import ImageFlow, Network, Task
 from alignflow_core.flow.ema import Ema
 from alignflow_core.flow.loss import flow_matching_loss
@@ -151,8 +151,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pairs(folders[0], Pairs(painted, np.zeros((14, SIZE, SIZE), np.uint8), tuple(ids), pd.DataFrame({"pair_id": ids, "seed": range(14)})))
     pd.DataFrame({"pair_id": ids, "kept": [True] * 12 + [False] * 2, "reason": [""] * 12 + ["implausible image"] * 2}).to_parquet(
         folders[1] / "manifest.parquet")
-    write_json(folders[0].with_name("amber.json"), {"content": "pairs"})
-    write_json(folders[1].with_name("amber.json"), {"inputs": {"sample_aligned": "pairs"}})
+    of_one_piece(root)
     return root
 
 
@@ -167,6 +166,16 @@ def test_audit_of_a_run_names_the_copies(finished: Path, capsys: pytest.CaptureF
     facts = found["banks"]["references"]
     assert (facts["images"], facts["calibration_images"], facts["calibrated"], facts["flagged"]) == (5, 32, True, 1)
     assert 0.5 < facts["threshold"] < 1 and facts["false_flag_rate_at_most"] == pytest.approx(1 / 33)
+
+
+@pytest.mark.parametrize("stage", ["sample_aligned", "references"])
+def test_a_run_that_was_changed_and_not_finished_is_not_audited(finished: Path, tmp_path: Path, stage: str,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(finished, root)
+    replaced(root, stage, "amber")
+    assert main(["audit", str(root)]) == 2
+    assert "filter/amber: judged other pairs, or pairs of other references" in capsys.readouterr().err
 
 
 def test_export_stops_at_copies(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,11 +14,10 @@ import pandas as pd
 import pytest
 import yaml
 from PIL import Image
+from provenance import of_one_piece
 
-from alignflow_core.artifact import write_json
 from alignflow_core.config import Task, load_project
 from alignflow_core.pairs import Pairs, write_pairs
-from alignflow_core.runner import provenance_file
 from alignflow_core.stages import artifact_dir
 from pipelines.cli import main
 from pipelines.compose import options as names
@@ -237,9 +236,8 @@ def test_export_writes_masks_as_the_task_reads_them(smoke_root: Path, tmp_path: 
         write_pairs(folders[0], Pairs(images, masks, tuple(ids), pd.DataFrame({"pair_id": ids, "mask_id": ids, "seed": range(4)})))
         pd.DataFrame({"pair_id": ids, "kept": [True, False, True, True], "reason": ["", "copy", "", ""],
                       "novelty": 1.0}).to_parquet(folders[1] / "manifest.parquet")
-        write_json(provenance_file(smoke_root, "sample_aligned", target), {"content": "pairs"})
-        write_json(provenance_file(smoke_root, "filter", target), {"inputs": {"sample_aligned": "pairs"}})
     write_banks(smoke_root)
+    of_one_piece(smoke_root)
     out = tmp_path / "pairs"
     (out.parent / "file").write_text("")
     assert main(["export", str(smoke_root), "--out", str(out.parent / "file" / "pairs")]) == 2
@@ -256,6 +254,8 @@ def test_mask_values_of_every_kind_of_task() -> None:
     assert mask_values(Task(kind="binary")).tolist() == [0, 255]
     assert mask_values(Task(kind="refuge", classes=("disc", "cup"), nested=True)).tolist() == [255, 128, 0]
     assert mask_values(Task(kind="labels", classes=("a", "b"), values={0: 0, 10: 2, 20: 1, 30: 1})).tolist() == [0, 20, 10]
+    deep = mask_values(Task(kind="labels", values={0: 0, 1000: 1}))
+    assert deep.tolist() == [0, 1000] and deep.dtype == np.uint16
 
 
 def test_phantom_refuses_to_overwrite(phantom_root: Path, capsys: pytest.CaptureFixture[str]) -> None:

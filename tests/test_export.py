@@ -8,12 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from provenance import of_one_piece, replaced
 
-from alignflow_core.artifact import write_json
 from alignflow_core.config import Task
 from alignflow_core.errors import InputError
 from alignflow_core.pairs import Pairs, write_pairs
-from alignflow_core.runner import provenance_file
 from alignflow_core.stages import artifact_dir
 from pipelines.audit import Verdict
 from pipelines.cli import main
@@ -58,10 +57,9 @@ def run(smoke_root: Path) -> Path:
         folder = smoke_root / artifact_dir("filter", target)
         folder.mkdir(parents=True)
         pd.DataFrame({"pair_id": ids, "kept": KEPT, "reason": np.where(KEPT, "", "copy"), "novelty": 1.0}).to_parquet(folder / "manifest.parquet")
-        write_json(provenance_file(smoke_root, "sample_aligned", target), {"content": "now"})
-        write_json(provenance_file(smoke_root, "filter", target), {"inputs": {"sample_aligned": "now"}})
     give(smoke_root / artifact_dir("data", "standard"), 5, 9, case_id=[f"case{i}" for i in range(5)], stem=[f"Doe_{i}" for i in range(5)],
          group=["Doe", "Doe", "Roe", "Roe", "Poe"], split=["train", "train", "train", "val", "test"])
+    of_one_piece(smoke_root)
     return smoke_root
 
 
@@ -104,12 +102,14 @@ def test_a_dataset_per_target_of_synthetic_pairs(run: Path, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize("form", ["folder", "nnunet"])
-def test_pairs_that_the_filter_has_not_seen_do_not_leave(run: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """As a run leaves it that was stopped after new pairs were painted."""
-    write_json(provenance_file(run, "sample_aligned", "violet"), {"content": "new"})
+@pytest.mark.parametrize("stage", ["sample_aligned", "references"])
+def test_pairs_that_the_filter_has_not_seen_so_do_not_leave(run: Path, tmp_path: Path, form: str, stage: str,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    """As a run leaves it that was stopped after new pairs were painted, or after its references were replaced: then copies of the old would pass."""
+    replaced(run, stage, "violet")
     assert main(["export", str(run), "--format", form, "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
-    assert "filter/violet: judged other pairs than" in told and "amber" not in told and not (tmp_path / "out").exists()
+    assert "filter/violet: judged other pairs" in told and "amber" not in told and not (tmp_path / "out").exists()
 
 
 def test_near_copies_do_not_leave_as_nnunet_either(run: Path, tmp_path: Path, audit: dict[str, str | None],
@@ -140,7 +140,8 @@ def test_classes_inside_one_another_are_regions() -> None:
     assert plain["labels"] == {"background": 0, "a": 1, "b": 2} and "regions_class_order" not in plain
     assert nnunet_description(Task(nested=True), 3)["labels"] == {"background": 0, "foreground": 1}
     names = tuple("zyx")
-    assert list(nnunet_description(Task(kind="labels", classes=names, nested=True, values={0: 0}), 3)["labels"]) == ["background", *names]
+    nested = Task(kind="labels", classes=names, nested=True, values={i: i for i in range(4)})
+    assert list(nnunet_description(nested, 3)["labels"]) == ["background", *names]
 
 
 def test_what_nnunet_would_misread_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
