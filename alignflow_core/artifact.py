@@ -29,9 +29,22 @@ def file_hashes(folder: Path) -> dict[str, str]:
 def _each_file(folder: Path) -> Iterator[tuple[str, str]]:
     """What :func:`file_hashes` holds, one by one."""
     # Names and no paths: there may be very many.
-    found = (os.path.relpath(os.path.join(top, name), folder) for top, _, names in os.walk(folder) for name in names)
-    names = sorted(found, key=lambda name: name.replace(os.sep, "\0"))  # by parts, without a list for each
+    names = sorted(_names(folder), key=lambda name: name.replace(os.sep, "\0"))  # by parts, without a list for each
     return ((name, file_hash(folder / name)) for name in names if (folder / name).is_file())
+
+
+def _names(folder: Path, inside: str = "", above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Relative names of all files; links to folders are followed, as those who read the files follow them, but not in circles."""
+    place = os.path.realpath(os.path.join(folder, inside))
+    if place in above:
+        return
+    with contextlib.suppress(OSError), os.scandir(place) as entries:  # what is gone or closed to us has no files
+        for entry in entries:
+            name = os.path.join(inside, entry.name)
+            if entry.is_dir():
+                yield from _names(folder, name, (*above, place))
+            else:
+                yield name
 
 
 def raw_hashes(path: Path) -> Iterator[tuple[str, str]]:

@@ -410,3 +410,18 @@ def test_names_that_cannot_be_written_are_told(folder: Path) -> None:
     found = [problem for problem in problems(folder) if "cannot be written" in problem]
     assert len(found) == 2 and "a\\n2.png: has a name" in found[0] and "caf\\udce9.png" in found[1] and all(problem.isascii() for problem in found)
     assert len(tree_hash(folder)) == 64
+
+
+def test_what_a_link_to_a_folder_leads_to_is_seen(tmp_path: Path) -> None:
+    for version in "12":
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "a.png").write_bytes(version.encode())
+    clinic = tmp_path / "clinic"
+    clinic.mkdir()
+    seen = set()
+    for version in "12":
+        (clinic / "images").unlink(missing_ok=True)
+        (clinic / "images").symlink_to(tmp_path / version)
+        seen.add(tree_hash(clinic))
+    (tmp_path / "2" / "again").symlink_to(clinic)  # round in a circle
+    assert len(seen) == 2 and tree_hash(clinic) in seen
