@@ -19,7 +19,7 @@ from alignflow_core.stages import STAGES, Stage, node_id
 from pipelines import preview
 from pipelines.checks import CHECKS, refused_input
 from pipelines.descriptions import description, kinds
-from pipelines.resources import ENDED_BY, PROCESS_TAG, NoDvcError, StageRunner, TransientStageError, this_process
+from pipelines.resources import ENDED_BY, PROCESS_TAG, NoDvcError, StageRunner, TransientStageError, this_process, without_file_names
 
 # Young parts of Dagster, held in place by its pinned version: a check's state per partition, and observed inputs.
 for _feature in ("partitions_def on an AssetCheckSpec", "observable_source_asset"):
@@ -164,7 +164,8 @@ def observed_asset(name: str, text: str, keys: dg.PartitionsDefinition[str], roo
     """An input from outside, observed partition by partition."""
     @dg.observable_source_asset(name=name, description=text, group_name=INPUTS_GROUP, partitions_def=keys)
     def observe() -> dg.DataVersionsByPartition:
-        return dg.DataVersionsByPartition({key: version for (asset, key), version in input_versions(root).items() if asset == name})
+        with without_file_names():
+            return dg.DataVersionsByPartition({key: version for (asset, key), version in input_versions(root).items() if asset == name})
 
     return observe
 

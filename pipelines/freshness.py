@@ -15,7 +15,8 @@ from alignflow_core.config import load_project
 from alignflow_core.runner import provenance_file
 from alignflow_core.stages import STAGES
 from pipelines.plan import plan
-from pipelines.resources import nameless
+from pipelines.resources import nameless, without_file_names
+from pipelines.versions import shown_cause
 
 RESULTS, UP_TO_DATE = ("compare", "report"), "up_to_date"
 
@@ -25,7 +26,7 @@ def up_to_date(stale_nodes: list[tuple[str, str]], stage: str) -> dg.AssetCheckR
     stale = {node: cause for node, cause in stale_nodes if stage == "report" or node != "report"}
     first = next(iter(stale.items()), None)
     return dg.AssetCheckResult(passed=not stale, severity=dg.AssetCheckSeverity.WARN, metadata={
-        "stale": len(stale), "first": f"{first[0]}: {first[1]}" if first else "", "nodes": ", ".join(stale)})
+        "stale": len(stale), "first": f"{first[0]}: {shown_cause(first[1])}" if first else "", "nodes": ", ".join(stale)})
 
 
 def freshness_checks(root: Path) -> list[dg.AssetChecksDefinition]:
@@ -34,7 +35,8 @@ def freshness_checks(root: Path) -> list[dg.AssetChecksDefinition]:
         @dg.asset_check(asset=STAGES[stage].asset, name=UP_TO_DATE,
                         description="Nothing that these results rest on has changed since; 'alignflow plan' says what did.")
         def fresh() -> dg.AssetCheckResult:
-            return up_to_date(plan(root), stage)
+            with without_file_names():
+                return up_to_date(plan(root), stage)
 
         return fresh
 

@@ -61,7 +61,7 @@ def _particulars(root: Path, stage: str, key: str | None, folder: Path) -> dict[
     if stage == "sample_masks" and (folder / "masks.npy").exists():
         rows = _drawn(folder)
         return {"masks": _grid(None, _array(folder / "masks.npy"), rows)} if rows else {}
-    if stage in ("sample_stage1", "sample_aligned") and (folder / "images.npy").exists():
+    if stage == "sample_stage1" and (folder / "images.npy").exists():
         rows = _drawn(folder)
         return {"images": _painted(folder, rows)} if rows else {}
     if stage == "filter" and (folder / "manifest.parquet").exists():

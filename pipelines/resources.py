@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +212,20 @@ def this_process() -> str:
     return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
 
 
+@contextlib.contextmanager
+def without_file_names() -> Iterator[None]:
+    """Turn an unreadable input into a failure that does not name it, as the records of Dagster must not: it may have a patient's name."""
+    try:
+        yield
+    except OSError as error:
+        raise dg.Failure(unreadable(error), allow_retries=False) from None
+
+
+def unreadable(error: OSError) -> str:
+    """What Dagster is told of an input that cannot be read."""
+    return f"an input cannot be read ({error.strerror}); 'alignflow plan' names it"
+
+
 def nameless(look: Callable[..., Any]) -> Callable[..., Any]:
     """A sensor's look whose record does not name a raw file that cannot be read: it may have a patient's name."""
     @functools.wraps(look)
@@ -219,7 +233,7 @@ def nameless(look: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return look(context)
         except OSError as error:
-            return dg.SkipReason(f"an input cannot be read ({error.strerror}); 'alignflow plan' names it")
+            return dg.SkipReason(unreadable(error))
 
     return looked
 

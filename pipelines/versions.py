@@ -6,6 +6,7 @@ disk is the one it has recorded: that file holds the content hash of the artifac
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Dataset
 
 NodeName = tuple[str, str | None]  # stage and key, as files and trackers spell them
+OUTSIDE = "outside the project"
 DIGEST_LENGTH = 36  # MLflow's limit, and by luck the length of DVC's "<md5>.dir"
 
 
@@ -69,8 +71,15 @@ class Versions:
 
 
 def shown(text: str) -> str:
-    """A setting or path as a shared record may show it: absolute paths tell of a machine, and can hold names."""
-    return "outside the project" if Path(text).is_absolute() else text
+    """A setting or path as a shared record may show it: those that lead out of the project tell of a machine, and can hold names."""
+    leads_out = text.startswith("~") or Path(text).is_absolute() or Path(os.path.normpath(text)).parts[:1] == ("..",)
+    return OUTSIDE if leads_out else text
+
+
+def shown_cause(text: str) -> str:
+    """Why something is stale, as :func:`shown`."""
+    inside = all(shown(word.strip("'\"()[],;")) != OUTSIDE for word in text.split())
+    return text if inside else f"something {OUTSIDE} changed; 'alignflow plan' names it"
 
 
 def _dataset(name: str, path: str, content: str, md5: str | None) -> "Dataset":

@@ -175,6 +175,9 @@ def test_results_are_fresh_by_content(root: Path, monkeypatch: pytest.MonkeyPatc
     assert passed([]) == [True, True]
     assert passed([("references@amber", "1 reference image replaced")]) == [False, False]
     assert passed([("report", "code changed")]) == [True, False], "the comparison does not rest on the report"
+    moved = "data@amber", "domains.amber.dir changed from data/amber to /data/ward 7/Doe_Jane; raw folder /data/ward 7/Doe_Jane is missing"
+    told = {cause: freshness.up_to_date([("data@amber", cause)], "report").metadata["first"].value for cause in (moved[1], "1 image added")}
+    assert "Doe" not in str(told[moved[1]]) and told["1 image added"] == "data@amber: 1 image added"
 
     monkeypatch.setattr(freshness, "plan", lambda root: [("report", "code changed")])
     sensor = freshness.freshness_sensor(root, lambda root: "s")

@@ -79,8 +79,8 @@ def picture(value: Any) -> np.ndarray:
 def test_an_image_grid_with_outlines(tmp_path: Path) -> None:
     masks = np.zeros((3, 32, 32), np.uint8)
     masks[:, 8:24, 8:24] = 1
-    built(tmp_path, "sample_aligned/amber", {"n_images": 3}, images=np.full((3, 32, 32, 3), 128, np.uint8), masks=masks)
-    pixels = picture(preview.metadata(tmp_path, "sample_aligned", "amber")["images"])
+    built(tmp_path, "sample_stage1", {"n_images": 3}, images=np.full((3, 32, 32, 3), 128, np.uint8), masks=masks)
+    pixels = picture(preview.metadata(tmp_path, "sample_stage1", None)["images"])
     side = preview.SIDE
     assert pixels.shape == (2 * side, 3 * side, 3)
     assert (abs(pixels[:side] - 128) < 8).all(), "above, the images as they are"
@@ -150,6 +150,7 @@ def test_no_real_mask_and_no_near_copy(tmp_path: Path) -> None:
     for node in ("sample_masks", "sample_stage1", "sample_aligned/amber"):
         table.to_parquet(built(tmp_path, node, {}, images=images, masks=masks) / "manifest.parquet")
     side = preview.SIDE
+    assert "images" not in preview.metadata(tmp_path, "sample_aligned", "amber"), "the filter has yet to say which are copies"
     assert picture(preview.metadata(tmp_path, "sample_masks", None)["masks"]).shape[1] == 2 * side
     assert abs(picture(preview.metadata(tmp_path, "sample_stage1", None)["images"])[4, [side // 2, 3 * side // 2], 0] - [100, 200]).max() < 3
     folder = built(tmp_path, "filter/amber", {})
