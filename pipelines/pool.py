@@ -5,15 +5,19 @@ how much the seeds themselves turn stands beside them, as the deviation of an ar
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from alignflow_core.config import ARMS, COLOUR, Evaluate, load_project
+from alignflow_core.config import ARMS, COLOUR, Evaluate, Project, load_project
 from alignflow_core.errors import InputError
 from alignflow_core.metrics.comparison import compare, gap_closed
 from alignflow_core.validation import nearest
+
+NOT_COMPARED = ("seed", "profile", "machine", "report")  # runs to pool may differ in these
+PLACES = ("dir", "file")  # of images, which are compared themselves
 
 
 def pooled(runs: Sequence[Path], baselines: Sequence[str]) -> str:
@@ -24,12 +28,14 @@ def pooled(runs: Sequence[Path], baselines: Sequence[str]) -> str:
         baselines: arms that the others are compared with, beside those of ``evaluate.baselines``.
 
     Raises:
-        InputError: a run is unfinished, two share a seed, test images differ, or a baseline is no arm.
+        InputError: a run is unfinished, two share a seed, other settings or test images differ, or a baseline is no arm.
     """
     projects = {run: load_project(run / "params.yaml") for run in runs}
     first = projects[runs[0]]
     problems = [f"{run}: has seed {project.seed}, as {other} has; run it with another seed=N"
                 for i, (run, project) in enumerate(projects.items()) for other in runs[:i] if projects[other].seed == project.seed]
+    problems += [f"{run}: differs from {runs[0]} in {', '.join(differing)}; pool runs that differ in their seed alone"
+                 for run, project in projects.items() if (differing := _other_settings(first, project))]
     known = [*ARMS, *(name for comparator in first.comparators for name in (comparator, comparator + COLOUR))]
     problems += [f"--baseline {name}: unknown arm{nearest(name, known)}" for name in baselines if name not in known]
     problems += [f"{run}: target {target} is not evaluated yet; finish the run" for run, project in projects.items() for target in project.targets
@@ -41,6 +47,21 @@ def pooled(runs: Sequence[Path], baselines: Sequence[str]) -> str:
     _refuse_other_images(values)
     settings = dataclasses.replace(first.evaluate, baselines=tuple(dict.fromkeys([*first.evaluate.baselines, *baselines])))
     return "\n".join(_tables(values, settings))
+
+
+def _other_settings(one: Project, other: Project) -> list[str]:
+    """Settings that decide numbers and differ, apart from the seed: an arm's mean over runs would be one of unequal things."""
+    here, there = (_deciding(dataclasses.asdict(project)) for project in (one, other))
+    return sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
+
+
+def _deciding(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{above}{key}"
+        if name not in NOT_COMPARED and key not in PLACES:
+            found |= _deciding(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return found
 
 
 def _refuse_other_images(values: pd.DataFrame) -> None:
@@ -55,7 +76,7 @@ def _tables(values: pd.DataFrame, settings: Evaluate) -> list[str]:
     table = compare(values, settings, seed=0)
     gap = gap_closed(table).query("metric == 'dice'").dropna(subset="gap_closed")
     per_seed = values[values["metric"] == "dice"].groupby(["target", "segmenter", "arm", "generator_seed", "segmenter_seed"])["value"].mean()
-    several = table["segmenter"].nunique() > 1
+    several, level = table["segmenter"].nunique() > 1, f"{100 * settings.level:g} %"
     lines = []
     for names, part in table.groupby(["target", "segmenter"], sort=False):
         target, segmenter = map(str, names)
@@ -64,11 +85,11 @@ def _tables(values: pd.DataFrame, settings: Evaluate) -> list[str]:
         own = values[(values["target"] == target) & (values["segmenter"] == segmenter)]
         baselines = list(dict.fromkeys(dice["baseline"]))
         counts = [own[f"{kind}_seed"].nunique() for kind in ("generator", "segmenter")]
-        versus_all = "".join(f" minus `{name}` [95 %] |" for name in baselines)
+        versus_all = "".join(f" minus `{name}` [{level}] |" for name in baselines)
         shares = gap[(gap["target"] == target) & (gap["segmenter"] == segmenter)].set_index("arm")["gap_closed"].to_dict()  # none without an oracle
         name = f"{target}, {segmenter}" if several else target
         lines += [f"**{name}**: {dice['n'].iloc[0]} test units, {counts[0]} generator × {counts[1]} segmenter seeds", "",
-                  f"| arm | Dice [95 %] | ± over seeds | IoU | HD95 px |{versus_all}{' gap closed |' if shares else ''}",
+                  f"| arm | Dice [{level}] | ± over seeds | IoU | HD95 px |{versus_all}{' gap closed |' if shares else ''}",
                   "|---" * (5 + len(baselines) + bool(shares)) + "|"]
         for arm in dict.fromkeys(dice["arm"]):
             rows = dice[dice["arm"] == arm].set_index("baseline")

@@ -68,6 +68,10 @@ def test_what_cannot_be_pooled_is_said(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["pool", str(one), str(twin), "--baseline", "fourrier"]) == 2
     told = capsys.readouterr().err
     assert "has seed 0, as" in told and "did you mean 'fourier'" in told
+    unlike = finished(tmp_path / "d", 2, 0.0)
+    write_params(unlike / "params.yaml", ["profile=smoke", "seed=2", "machine.threads=2", "image_flow.training.steps=7"])
+    assert main(["pool", str(one), str(unlike)]) == 2
+    assert f"{unlike}: differs from {one} in image_flow.training.steps; pool runs" in capsys.readouterr().err
     other = finished(tmp_path / "c", 1, 0.0, cases=29)
     assert main(["pool", str(one), str(other)]) == 2
     assert "tested on other images" in capsys.readouterr().err
