@@ -3,10 +3,12 @@
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from alignflow_core.artifact import read_json
 from alignflow_core.metrics.comparison import beside_variants
 
 NOT_VARIED = ("references.dir", "references.file", "arms", "variant_of")  # where things lie, and what a variant is by definition
@@ -58,10 +60,25 @@ def by_axis(targets: Mapping[str, Any], base: str, table: pd.DataFrame, arms: Se
     return against, found
 
 
+def counted(target: Any, references: Path) -> Any:
+    """A target whose references were given, not drawn, with the number in their artifact: the setting ``count`` says nothing of them."""
+    if not _given(target):
+        return target
+    n_references = int(read_json(references / "metrics.json")["n_references"])
+    return dataclasses.replace(target, references=dataclasses.replace(target.references, count=n_references))
+
+
+def _given(target: Any) -> bool:
+    return target.references.dir is not None or target.references.file is not None
+
+
 def changes(base: Any, variant: Any) -> dict[str, tuple[Any, Any]]:
     """Key -> its value in the base and in the variant, where they differ."""
     one, other = dict(_flat(dataclasses.asdict(base))), dict(_flat(dataclasses.asdict(variant)))
-    return {key: (one.get(key), value) for key, value in other.items() if one.get(key) != value and key not in NOT_VARIED}
+    found = {key: (one.get(key), value) for key, value in other.items() if one.get(key) != value and key not in NOT_VARIED}
+    if _given(base) and not _given(variant) and "references.count" not in found:  # as many, and other images
+        return {"references": ("as given", "drawn")} | found
+    return found
 
 
 def in_words(changed: Mapping[str, tuple[Any, Any]]) -> str:

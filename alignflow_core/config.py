@@ -100,6 +100,9 @@ class Task:
             wrong = [v for v in self.values.values() if not 0 <= v <= len(self.classes)]
             if not self.values or wrong:
                 raise InputError(f"task.values: needs file value -> class number in 0..{len(self.classes)}, got {self.values}")
+            beyond = [value for value in self.values if not 0 <= value < 2**16]
+            if beyond:
+                raise InputError(f"task.values: no pixel of a mask can be {beyond[0]}; file values are 0 to 65535")
             unseen = [name for number, name in enumerate(self.classes, 1) if number not in self.values.values()]
             if unseen:
                 raise InputError(f"task.values: no value stands for {', '.join(unseen)}; give one, or leave the class out of task.classes")

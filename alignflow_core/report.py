@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from alignflow_core import figures
-from alignflow_core.ablations import OWN_ARMS, by_axis
+from alignflow_core.ablations import OWN_ARMS, by_axis, counted
 from alignflow_core.artifact import read_json
 from alignflow_core.config import COLOUR, Task, in_order
 from alignflow_core.full_strength import at_full_strength
@@ -166,7 +166,8 @@ def _ablations(targets: list[str], config: SimpleNamespace, inputs: Mapping[str,
     """Per target and thing that its variants vary: a row for it and for each of them, and a figure of their differences."""
     dice, found = comparison[comparison["metric"] == "dice"], []
     for base in targets:
-        against, axes = by_axis(config.targets, base, dice)
+        own = counted(config.targets[base], inputs[f"references:{base}"])
+        against, axes = by_axis({**config.targets, base: own}, base, dice)
         means = dice[dice["target"] == base].drop_duplicates("arm").set_index("arm")["mean"]
         low, high = means.get("source", np.nan), means.get("oracle", np.nan)
         for axis in axes:

@@ -11,7 +11,7 @@ from typing import Any
 from alignflow_core.config import ARMS, read_params
 from alignflow_core.errors import InputError
 from pipelines import local
-from pipelines.compose import merged, rewrite_params, write_params
+from pipelines.compose import compose, merged, rewrite_params, write_params
 
 # Three draws of every arm as it is, and every arm: a rival with colour augmentation has ours with it beside it.
 SETTINGS = ("comparators=paper", "segment.architectures=[unet,segformer,dpt]", "segment.seeds=1", f"segment.arms=[{','.join(ARMS)}]")
@@ -60,6 +60,11 @@ def build(folders: local.Folders | None, task: str, out: Path, overrides: Sequen
 def prepare(folders: local.Folders | None, task: str, root: Path, overrides: Sequence[str], counts: Sequence[int]) -> None:
     """Write ``params.yaml`` of one run with its comparators and rivals, and the built-in data where they are asked for."""
     settings = [*SETTINGS, *overrides]
+    chosen = [override for override in overrides if override.startswith("segment.arms=")]
+    needed = ["aligned+filtered", *(["stage1"] if counts else [])]
+    missing = [arm for arm in needed if arm not in compose(["task=phantom", *SETTINGS, *chosen])["segment"]["arms"]] if chosen else []
+    if missing:
+        raise InputError(f"segment.arms: the paper's tables compare with {' and '.join(missing)}; add what is missing")
     if folders is not None:
         local.prepare_run(folders, task, root, settings)
     elif task != "phantom":
@@ -73,6 +78,11 @@ def prepare(folders: local.Folders | None, task: str, root: Path, overrides: Seq
     rewrite_params(file, params | {"targets": with_rivals(params["targets"], params["comparators"], counts)}, str(file))
 
 
+def is_count(variant: str, base: str) -> bool:
+    """Whether a variant is one of the curve over the number of references."""
+    return variant.startswith(f"{base}-count") and variant.removeprefix(f"{base}-count").isdecimal()
+
+
 def with_rivals(targets: dict[str, Any], comparators: dict[str, Any], counts: Sequence[int]) -> dict[str, Any]:
     """Targets and their variants: every rival whose painter there is, and for the first target other numbers of references."""
     found = dict(targets)
@@ -81,7 +91,9 @@ def with_rivals(targets: dict[str, Any], comparators: dict[str, Any], counts: Se
         changes = {word: change for word, change in RIVALS.items() if change.get("painter") is None or change["painter"] in comparators}
         if not number:
             changes |= {f"count{count}": {"references": {"count": count, "dir": None, "file": None}} for count in counts
-                        if count != target["references"]["count"]}
+                        if count != target["references"]["count"] or target["references"].get("dir") or target["references"].get("file")}
+            for word in [word for word in found if is_count(word, name) and word.removeprefix(f"{name}-") not in changes]:
+                del found[word]  # of an earlier call with other counts
         found |= {f"{name}-{word}": merged(merged(target, {"arms": RIVAL_ARMS, "variant_of": name}), change)
                   for word, change in changes.items()}
     return found

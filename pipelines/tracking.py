@@ -159,11 +159,26 @@ def _axes(root: Path, project: Project, stage: str, key: str | None) -> dict[str
     if scope != "target":
         return {} if scope == "project" else {scope: str(key)}
     target = project.targets[str(key)]
-    drawn = root / artifact_dir("references", key) / "metrics.json"  # a folder of references says itself how many there are
-    count = int(read_json(drawn).get("n_references", target.references.count)) if drawn.exists() else target.references.count
-    return {"target": str(key), "domain": target.domain, "reward": target.align.reward, "encoder": target.align.encoder,
-            "regions": target.align.regions, "variant_of": target.variant_of or "",
-            "gradient": target.align.gradient, "n_references": str(count), "generator_seed": str(project.seed)}
+    count = _n_references(root, project, str(key))
+    align, seed = _aligned_by(root, project, str(key), stage)
+    return {"target": str(key), "domain": target.domain, "variant_of": target.variant_of or "", "n_references": str(count),
+            "generator_seed": str(seed), **{name: str(align[name]) for name in ("reward", "encoder", "regions", "gradient")}}
+
+
+def _n_references(root: Path, project: Project, target: str) -> int:
+    """How many there are: a folder or file of references says so itself."""
+    count, built = project.targets[target].references.count, root / artifact_dir("references", target) / "metrics.json"
+    return int(read_json(built).get("n_references", count)) if built.exists() else count
+
+
+def _aligned_by(root: Path, project: Project, target: str, stage: str) -> tuple[Mapping[str, Any], int]:
+    """Settings and seed of the alignment that a stage rests on, as it was built: ``params.yaml`` may have been edited since."""
+    now = dataclasses.asdict(project.targets[target].align)
+    built = provenance_file(root, "align", target)
+    if stage == "references" or not built.exists():
+        return now, project.seed
+    params = read_json(built)["params"]
+    return params.get(f"targets.{target}.align", now), params.get("seed", project.seed)
 
 
 def _flat(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
@@ -228,7 +243,7 @@ def _log_files(store: "MlflowClient", run_id: str, root: Path, project: Project,
         verdict = read_json(folder / "verdict.json")
         store.log_dict(run_id, verdict, "verdict.json")
         store.set_tag(run_id, "verdict", "; ".join(_told(each) for each in verdict["rounds"]))
-    for name, uri in _figures(folder, project, stage).items():
+    for name, uri in _figures(root, folder, project, stage).items():
         store.log_text(run_id, base64.b64decode(uri.partition(",")[2]).decode(), f"figures/{name}.svg")
     page = folder / "index.html"
     if stage == "report" and page.exists():
@@ -242,7 +257,7 @@ def _told(verdict: Mapping[str, Any]) -> str:
     return f"round {verdict['round'] + 1}: {verdict['ended_because']} (step {verdict['ended_at']}); kept step {verdict['best_step']}{refused}"
 
 
-def _figures(folder: Path, project: Project, stage: str) -> dict[str, str]:
+def _figures(root: Path, folder: Path, project: Project, stage: str) -> dict[str, str]:
     """Name -> figure as the report draws it."""
     import pandas as pd
 
@@ -253,14 +268,15 @@ def _figures(folder: Path, project: Project, stage: str) -> dict[str, str]:
     if stage != "compare":
         return {}
     from alignflow_core import figures
-    from alignflow_core.ablations import by_axis
+    from alignflow_core.ablations import by_axis, counted
 
     table = pd.read_parquet(folder / "comparison.parquet").query("metric == 'dice'")
     table = table[table["segmenter"] == table["segmenter"].iloc[0]]  # as in the report
     bases = [name for name, target in project.targets.items() if target.variant_of is None]
     drawn = {"dice": figures.forest(table.drop_duplicates(["target", "arm"]), bases, "Dice, mean over held-out test images")}
     for base in bases:
-        against, axes = by_axis(project.targets, base, table)
+        own = counted(project.targets[base], root / artifact_dir("references", base))
+        against, axes = by_axis({**project.targets, base: own}, base, table)
         drawn |= {f"ablation-{base}-{axis.name.replace(', ', '-')}": figures.ablation(axis, base, str(against)) for axis in axes}
     return drawn
 
@@ -281,12 +297,13 @@ def _log_arms(store: "MlflowClient", experiment: str, parent: str, root: Path, p
         if project.targets[target].variant_of and (arm in SHARED_ARMS or arm.removesuffix(COLOUR) in project.comparators):
             continue
         axes = _axes(root, project, "evaluate", target) | {"arm": arm, "segmenter": segmenter}
+        settings = dataclasses.asdict(project.targets[target]) | {"align": _aligned_by(root, project, target, "evaluate")[0]}
         tags = axes | {PARENT: parent, "kind": "arm", "evaluation": provenance["inputs"][f"evaluate:{target}"], "profile": provenance["profile"]}
         gap = f"{prefix(segmenter, first)}gap_closed_{target}_{_plain(arm)}"
         metrics = _arm_numbers(rows) | ({"gap_closed": numbers[gap]} if gap in numbers else {})
         run_id = store.create_run(experiment, now, tags, f"{target} {prefix(segmenter, first)}{arm}").info.run_id
         store.log_batch(run_id, [Metric(name, value, now, 0) for name, value in metrics.items()],
-                        [Param(*each) for each in (dict(_flat(dataclasses.asdict(project.targets[target]))) | axes).items()])
+                        [Param(*each) for each in (dict(_flat(settings)) | axes).items()])
         store.set_terminated(run_id, "FINISHED", now)
     store.set_tag(parent, NOTE, f"Targets and arms of this comparison alone: filter by ``tags.`{PARENT}` = '{parent}'`` "
                                 "and choose the arm with ``and tags.arm = 'aligned+filtered'``, the segmenter with ``and tags.segmenter = 'unet'``.")

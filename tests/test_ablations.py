@@ -1,12 +1,14 @@
 """Variants of a target, axis by axis."""
 
 import dataclasses
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from alignflow_core import figures
-from alignflow_core.ablations import by_axis, changes, in_words
+from alignflow_core.ablations import by_axis, changes, counted, in_words
+from alignflow_core.artifact import write_json
 from alignflow_core.config import Align, References, Target
 
 BASE = Target("dim", References(count=10), Align(rho=0.3))
@@ -53,6 +55,15 @@ def test_without_the_target_or_its_variants_there_is_no_axis(names: tuple[str, .
 
 def test_what_is_no_setting_of_the_method_is_no_change() -> None:
     assert changes(BASE, varied()) == {} and in_words({}) == "as set up"
+
+
+def test_given_references_are_as_many_as_there_are(tmp_path: Path) -> None:
+    write_json(tmp_path / "metrics.json", {"n_references": 7.0})
+    given = dataclasses.replace(BASE, references=References(count=10, dir="refs"))
+    targets = TARGETS | {"dim": counted(given, tmp_path), "dim-7": varied(references=References(count=7))}
+    _, axes = by_axis(targets, "dim", compared("dim", "dim-1", "dim-7", "dim-20"), (ARM,))
+    assert [(axis.name, axis.values) for axis in axes] == [("references.count", [1, 7, 20]), ("references", None)]
+    assert axes[1].rows[1]["changed"] == "references as given → drawn" and counted(BASE, tmp_path) == BASE
 
 
 def test_an_axis_of_numbers_is_a_curve_and_another_a_row_for_each() -> None:

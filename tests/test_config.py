@@ -51,7 +51,8 @@ RANGES: dict[str, tuple[str, Any]] = {
     "segment.seeds": ("segment.seeds", 0), "segment.synthetic_share": ("segment.synthetic_share", 2),
     "training.save_every": ("image_flow.training.save_every", 0), "training.log_every": ("image_flow.training.log_every", 0),
     "training.warm_up": ("image_flow.training.warm_up", -1), "training.clip": ("image_flow.training.clip", 0),
-    "times.std": ("image_flow.times.std", 0), "times.uniform_share": ("mask_flow.times.uniform_share", 2), "times.shift": ("mask_flow.times.shift", 0),
+    "times.std": ("image_flow.times.std", 0), "times.uniform_share": ("mask_flow.times.uniform_share", 2),
+    "times.shift": ("mask_flow.times.shift", 0),
     "mask_flow.clip": ("mask_flow.clip", 0), "mask_flow.size": ("mask_flow.size", 0),
     "image_flow.clip": ("image_flow.clip", 0), "image_flow.condition_dropout": ("image_flow.condition_dropout", 1.5),
     "labeller.colour_strength": ("labeller.colour_strength", -1), "labeller.check_every": ("labeller.check_every", 0),
@@ -65,7 +66,8 @@ RANGES: dict[str, tuple[str, Any]] = {
     "filter.agreement_ratio": ("filter.agreement_ratio", -1), "filter.judge_steps": ("filter.judge_steps", 0),
     "segment.check_every": ("segment.check_every", 0), "segment.colour_strength": ("segment.colour_strength", -1),
     "segment.fourier_beta": ("segment.fourier_beta", 1),
-    "evaluate.bootstrap": ("evaluate.bootstrap", 0), "evaluate.level": ("evaluate.level", 95), "evaluate.copy_quantile": ("evaluate.copy_quantile", -1),
+    "evaluate.bootstrap": ("evaluate.bootstrap", 0), "evaluate.level": ("evaluate.level", 95),
+    "evaluate.copy_quantile": ("evaluate.copy_quantile", -1),
 }
 
 # The rest: values by dotted place -> words of the error.
@@ -74,8 +76,10 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "value of no class": ({"task.kind": "labels", "task.values": {0: 0, 1: 2}}, "task.values: needs file value -> class number in 0..1"),
     "value of a class that none has": ({"task.kind": "labels", "task.classes": ["liver", "tumour"], "task.values": {0: 0, 9: 1}},
                                        "task.values: no value stands for tumour"),
+    "value of no pixel": ({"task.kind": "labels", "task.values": {0: 0, 70000: 1}}, "task.values: no pixel of a mask can be 70000"),
     "a class twice": ({"task.classes": ["disc", "disc"]}, "task.classes: disc, disc names one twice"),
-    "more classes than the kind has": ({"task.classes": ["polyp", "instrument"]}, "task.classes: masks of kind 'binary' have 1, got polyp, instrument"),
+    "more classes than the kind has": ({"task.classes": ["polyp", "instrument"]},
+                                       "task.classes: masks of kind 'binary' have 1, got polyp, instrument"),
     "unknown baseline": ({"evaluate.baselines": ["sorce"]}, "evaluate.baselines: unknown arm 'sorce' (did you mean 'source'?)"),
     "variant of a variant": ({"targets.c": {"domain": "b", "variant_of": "b"}, "targets.d": {"domain": "b", "variant_of": "c"}},
                              "targets.d.variant_of: 'c' is itself a variant"),

@@ -134,7 +134,7 @@ def test_a_small_region_in_large_cells_is_not_described_as_nothing(cell: int) ->
 def test_pseudo_regions_are_the_confident_pixels() -> None:
     inside = torch.tensor([0.95, 0.9, 0.5, 0.1]).view(1, 1, 2, 2)
     cup = torch.tensor([0.9, 0.02, 0.5, 0.9]).view(1, 1, 2, 2)
-    nested = regions.class_probabilities(torch.cat([inside, cup], 1), Task(classes=("disc", "cup"), nested=True))
+    nested = regions.class_probabilities(torch.cat([inside, cup], 1), Task(kind="refuge", classes=("disc", "cup"), nested=True))
     assert torch.allclose(nested.sum(1), torch.ones(1, 2, 2))
     assert (nested >= 0.8).long()[0].flatten(1).T.tolist() == [[0, 0, 1], [0, 1, 0], [0, 0, 0], [1, 0, 0]]
     flat = regions.class_probabilities(inside, Task())

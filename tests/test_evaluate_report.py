@@ -1,5 +1,6 @@
 """privacy, evaluate, compare and report on a small made-up project: two cameras, discs with cups, real segmenter files."""
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -413,7 +414,8 @@ def test_ablations_say_what_was_changed_and_by_how_much(project: Path, compared:
     base = comparison[comparison["target"] == "amber"]
     lower = base.assign(target="amber-skl", mean=base["mean"] - 0.1, difference=base["difference"] - 0.1)
     targets = {"amber": Target("amber"), "amber-skl": Target("amber", References(count=5), Align(reward="skl"), variant_of="amber")}
-    inputs = {f"{stage}:{name}": project / "artifacts" / stage / "amber" for stage in ("evaluate", "privacy", "align") for name in targets}
+    inputs = {f"{stage}:{name}": project / "artifacts" / stage / "amber" for stage in ("evaluate", "privacy", "align", "references")
+              for name in targets}
     (found,) = report._ablations(["amber"], SimpleNamespace(targets=targets), inputs, pd.concat([comparison, lower]))
     first, second = found["rows"]
     assert first["changed"] == "as set up" and second["changed"] == "references.count 10 → 5, align.reward frechet → skl"
@@ -431,6 +433,16 @@ def test_report_where_no_aligned_arm_was_asked_for(project: Path, compared: Path
     assert report._headline(table[table["arm"] == "source"], {}, {}) == {}
     monkeypatch.setattr(report, "_headline", lambda *_: {})
     assert "Target amber" in (build(project, "report", report.run, None, REPORT_INPUTS) / "index.html").read_text()
+
+
+def test_report_where_the_source_has_no_test_images(project: Path, compared: Path, tmp_path: Path):
+    shutil.copytree(project, tmp_path / "project")
+    file = tmp_path / "project" / "artifacts" / "evaluate" / "amber" / "metrics.json"
+    numbers = {name: value for name, value in json.loads(file.read_text()).items() if not re.match("obey_(real|ratio)", name)}
+    assert any(name.startswith("obey_stage1") for name in numbers)
+    file.write_text(json.dumps(numbers))
+    page = (build(tmp_path / "project", "report", report.run, None, REPORT_INPUTS) / "index.html").read_text()
+    assert "Target amber" in page and "Stage 1 obeys its masks" not in page
 
 
 def test_report_says_where_gates_were_told_not_to_hold(project: Path, compared: Path, monkeypatch: pytest.MonkeyPatch):

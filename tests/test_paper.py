@@ -78,10 +78,14 @@ def test_rivals_are_variants_and_counts_belong_to_the_first_target() -> None:
               "align": {"reward": "frechet", "recolour": True, "recolour_steps": 100, "rho": 0.3, "training": {"steps": 40}}}
     short = Training(steps=40)
     found = with_rivals({"a": target, "b": target}, {"controlnet-flow": {}}, [1, 10])
-    assert set(found) == {"a", "b", "a-count1", *(f"{name}-{word}" for name in "ab" for word in RIVALS)}
+    assert set(found) == {"a", "b", "a-count1", "a-count10", *(f"{name}-{word}" for name in "ab" for word in RIVALS)}
     assert found["a-count1"]["references"] == {"count": 1, "dir": None, "file": None}
     assert found["b-alignprop"]["variant_of"] == "b" and found["b-alignprop"]["align"]["denoise"] == "none"
     assert "a-controlnet-flow-aligned" not in with_rivals({"a": target}, {}, [])
+    drawn = target | {"references": {"count": 10}}
+    assert "a-count10" not in with_rivals({"a": drawn}, {}, [10]), "it is the target itself"
+    again = {name for name in with_rivals(found, {"controlnet-flow": {}}, [5]) if "count" in name}
+    assert again == {"a-count5"}, "others of an earlier call are taken back"
     steps = {word: Align(**(found[f"b-{word}"]["align"] | {"training": short})).rewarded_steps for word in RIVALS}
     assert steps == {"alignprop": 60, "refl": 60, "skl-last-step": 60, "finetuned": 140, "controlnet-flow-aligned": 40}, "the time of ours"
 
@@ -105,6 +109,8 @@ def test_the_same_command_again_keeps_rivals_and_variants(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
+    (["--task", "phantom", "segment.arms=[stage1,aligned]"], "compare with aligned+filtered"),
+    (["--task", "phantom", "--counts", "1", "segment.arms=[aligned+filtered]"], "compare with stage1"),
     (["--task", "refuge"], "needs data"), (["--task", "phantom", "--counts", "1,x"], "--counts"), (["--task", "phantom", "--seeds", "0"], "--seeds"),
     (["--task", "phantom", "--source", "a", "--target", "b=c"], "neither goes"),
 ])

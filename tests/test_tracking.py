@@ -183,6 +183,17 @@ def test_what_a_run_holds(tracked: Path) -> None:
     assert runs["report"].data.tags["report"] == "artifacts/report/index.html"
 
 
+def test_axes_are_those_that_were_built(tracked: Path, tmp_path: Path) -> None:
+    """params.yaml may be edited while a stage trains."""
+    root = copied(tracked, tmp_path)
+    before = tracking._axes(root, load_project(root / "params.yaml"), "evaluate", "amber")
+    set_param(root, "mmd", "targets", "amber", "align", "reward")
+    set_param(root, 7, "seed")
+    after = load_project(root / "params.yaml")
+    assert tracking._axes(root, after, "evaluate", "amber") == before and before["reward"] != "mmd"
+    assert tracking._axes(root, after, "references", "amber")["reward"] == "mmd", "nothing was aligned to these yet"
+
+
 def test_why_stage_two_ended_is_a_tag(tracked: Path) -> None:
     aligned = runs_of(tracked, "tags.stage = 'align'")
     assert aligned
