@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 
@@ -43,15 +45,32 @@ def told_paths() -> Iterator[None]:
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """Run a command; print what went wrong, a line a problem, and turn it into the exit code: 1 failure, 2 bad input, 130 interrupted."""
+    """Run a command; print what went wrong, a line a problem, and turn it into the exit code: 1 failure, 2 bad input, 130 interrupted.
+
+    Where the reader of our output, such as ``head``, has gone away, nobody is told: 141, as of a process that SIGPIPE has ended.
+    """
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()
+        return code
     except InputError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         return 2
     except StageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        if not _unread():  # another pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would try once more
+        return 141
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
+
+
+def _unread() -> bool:
+    """Whether nobody reads our output any more."""
+    looker = select.poll()
+    looker.register(sys.stdout, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in looker.poll(0))

@@ -31,6 +31,14 @@ def test_help_answers_at_once() -> None:
     assert "raw folders -> report" in done.stdout
 
 
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["at the end", "in between"])
+def test_a_reader_that_has_seen_enough_is_no_error(lines: int) -> None:
+    command = f"import sys; from alignflow_core.errors import exit_code; sys.exit(exit_code(lambda: print({lines} * 'word ') or 0))"
+    done = subprocess.run(["bash", "-c", '{ sleep 0.3; "$0" -c "$1"; echo "$?" >&2; } | true', sys.executable, command], capture_output=True,
+                          text=True, check=False)
+    assert done.stderr == "141\n"
+
+
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["run", "--source", "x"], ["export", "x", "--format", "zip", "--out", "y"]])
 def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
