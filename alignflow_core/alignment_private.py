@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from alignflow_core.alignment import Alignment
+from alignflow_core.artifact import tree_hash
 from alignflow_core.devices import autocast
 from alignflow_core.reward.gradient import sparse_each
 from alignflow_core.reward.moments import Moments
@@ -37,11 +38,14 @@ class PrivateAlignment(Alignment):
         What the references are, which of them are aligned to and how they are labelled counts above all: of two runs with the same noise the
         difference would show what differs.
         """
-        said = repr((self.settings, self.flow, self.task, self.config.machine, self.config.seed, self.context.key)).encode()
+        said = repr((self.settings, self.flow, self.task, self.config.machine, self.config.seed, self.context.key,
+                     self.config.sample.guidance_scale)).encode()  # under which samples are rolled out
         masks = () if self.references.masks is None else (self.references.masks,)
         images = [each.tobytes() for each in (self.source.images, self.source.labels, self.references.images, self.aligning, *masks)]
         networks = [(self.inputs[name] / "weights.safetensors").read_bytes() for name in ("image_flow", "labeller")]
-        return salt(said, *images, *networks)
+        weights = self.settings.encoder_weights
+        encoder = () if weights is None or weights.startswith("hub:") else (tree_hash(self.context.root / weights).encode(),)
+        return salt(said, *images, *networks, *encoder)
 
     def _describe(self) -> tuple[Known, Known]:
         """Also what would be known if all looked like the first reference, like the second, and so on: nothing of one depends on another."""

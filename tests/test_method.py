@@ -37,6 +37,7 @@ from alignflow_core.networks import velocity_unet
 from alignflow_core.networks.segmenters import load_segmenter, predict
 from alignflow_core.pairs import Pairs, read_pairs, to_unit, write_pairs
 from alignflow_core.reward.gates import RATIOS
+from alignflow_core.reward.statconv import StatConv
 from alignflow_core.runner import Context
 from alignflow_core.seeding import generator
 from alignflow_core.segmenter_fit import Diet, fit
@@ -388,6 +389,21 @@ def test_noise_of_a_budget_is_new_for_other_references_roles_labels_and_settings
             inputs = {**built, "references": tmp_path / name}
             salts[name, lr] = alignment_private.PrivateAlignment(config, inputs, context(tmp_path / "work", "clinic")).private.salt
     assert len(set(salts.values())) == len(salts) == 5
+
+
+def test_noise_of_a_budget_is_new_for_another_guidance_and_other_weights_of_the_encoder(built: dict[str, Path], tmp_path: Path,
+                                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("opacus", reason="the extra 'dp' is not installed")
+    monkeypatch.setattr(alignment, "build", lambda name, material: StatConv())
+    private = dataclasses.replace(CONFIG.align, **PRIVATE, encoder="pretrained", encoder_weights="vit")
+    work = context(tmp_path / "work", "clinic")
+    (work.root / "vit").mkdir()
+    salts = []
+    for guidance, weights in ((1.0, b"a"), (2.0, b"a"), (1.0, b"b"), (1.0, b"a")):
+        (work.root / "vit" / "model.safetensors").write_bytes(weights)
+        config = SimpleNamespace(**{**vars(CONFIG), "align": private, "sample": dataclasses.replace(CONFIG.sample, guidance_scale=guidance)})
+        salts.append(alignment_private.PrivateAlignment(config, built, work).private.salt)
+    assert len(set(salts)) == 3 and salts[0] == salts[3], "a resumed run repeats its noise"
 
 
 def test_filter_refuses_a_pair_whose_image_ignores_its_mask(built: dict[str, Path], tmp_path: Path) -> None:
