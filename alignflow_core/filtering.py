@@ -61,9 +61,9 @@ def run(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any) -> di
 
 
 def _area_ratios(areas: np.ndarray, reference_areas: np.ndarray, task: Task) -> dict[str, float]:
-    """Median region area of the references, as judged, over that of the set."""
-    return {f"area_ratio_{name}": float(theirs / max(own, 1e-9)) for name, theirs, own in
-            zip(task.classes, np.median(reference_areas, 0), np.median(areas, 0), strict=True)}
+    """Median region area of the references, as judged, over that of the set; not of a class that half of the set lacks."""
+    return {f"area_ratio_{name}": float(theirs / own) for name, theirs, own in
+            zip(task.classes, np.median(reference_areas, 0), np.median(areas, 0), strict=True) if own > 0}
 
 
 def _outlyingness(pairs: Pairs, source: Pairs) -> np.ndarray:
@@ -102,8 +102,8 @@ def area_weights(areas: np.ndarray, reference_areas: np.ndarray) -> np.ndarray:
             continue
         shift = (known.mean() - ours.mean()) / ours.std()
         shift *= max(0.0, 1 - 1 / (len(known) * max(shift**2, 1e-12)))
-        place = np.where(own > 0, (np.log(np.maximum(own, 1e-9)) - ours.mean()) / ours.std(), 0.0)
-        log_weight += shift * place - shift**2 / 2
+        place = (np.log(np.maximum(own, 1e-9)) - ours.mean()) / ours.std()
+        log_weight += np.where(own > 0, shift * place - shift**2 / 2, 0.0)
     weight = np.exp(log_weight - log_weight.mean())
     return np.clip(weight / weight.mean(), 0.25, 4.0)
 

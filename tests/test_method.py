@@ -454,6 +454,18 @@ def test_area_weights_move_the_set_towards_the_references() -> None:
     assert np.allclose(filtering.area_weights(areas, larger[:1]), 1), "one reference does not tell"
 
 
+def test_a_pair_without_a_region_is_weighted_by_the_others_alone() -> None:
+    areas = np.exp(np.array([[-2.0], [-1.9], [-2.1], [-np.inf]]))  # the first lies at the mean
+    theirs = np.exp(np.random.default_rng(0).normal(-1.95, 0.01, (50, 1)))
+    shift = (np.log(theirs).mean() + 2) / np.log(areas[:3]).std()
+    shift *= 1 - 1 / (50 * shift**2)
+    weight = filtering.area_weights(areas, theirs)
+    assert weight[3] / weight[0] == pytest.approx(np.exp(shift**2 / 2)) and 0.5 < shift < 1
+    ratios = filtering._area_ratios(np.array([[0.2, 0.0], [0.2, 0.0], [0.2, 0.1]]), np.array([[0.3, 0.1]]), Task(kind="labels", classes=("a", "b"),
+                                    values={0: 0, 1: 1, 2: 2}))
+    assert ratios == {"area_ratio_a": pytest.approx(1.5)}, "a ratio to nothing is none"
+
+
 def test_segmenters_find_the_disc_and_arms_differ_in_their_images_only(built: dict[str, Path]) -> None:
     table = pd.concat([pd.read_parquet(built[name] / "segmenters.parquet") for name in built if name.startswith("segment_")])
     assert set(table["arm"]) == {"source", "stage1", "aligned", "oracle"} and set(table["steps"]) == {40}
