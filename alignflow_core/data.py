@@ -80,7 +80,8 @@ def run_references(config: Any, inputs: Mapping[str, Path], out_dir: Path, conte
     """Stage ``references``: the target images that the method may see, in an order drawn by ``references.seed``.
 
     Either ``count`` images of the domain's training split (a smaller count is a subset of a larger), or a folder of their own.
-    The last ``held_out_fraction`` of them steer when alignment stops. Or a file of moments: then there are no rows, and ``moments.safetensors``.
+    The last of them, whole patients or sequences of about ``held_out_fraction``, steer when alignment stops. Or a file of moments: then
+    there are no rows, and ``moments.safetensors``.
 
     Raises:
         InputError: too few images; a reference that is in the test split by content or by group; a test image that is in the source's training
@@ -121,7 +122,7 @@ def run_references(config: Any, inputs: Mapping[str, Path], out_dir: Path, conte
             table["group"] = [known.get(case, group) for case, group in zip(table["case_id"], table["group"], strict=True)]
         labelled, places = listing.labelled, [str(listing.folder / case.image_file) for case in cases]
     _refuse_test_images(table, places, manifest[manifest["split"] == "test"], domain)
-    table = table.assign(role=roles(len(table), wanted.held_out_fraction), labelled=labelled)
+    table = table.assign(role=roles(table["group"].astype(str).tolist(), wanted.held_out_fraction), labelled=labelled)
     table[[*REFERENCE_COLUMNS]].to_parquet(out_dir / "manifest.parquet", index=False)
     n_held_out = int((table["role"] == "held_out").sum())
     return _reference_numbers(len(table) - n_held_out, n_held_out, labelled)

@@ -162,7 +162,7 @@ def apply_kit(kit: Path, images: Path, out: Path, progress: Callable[[int, int, 
     pixels = to_unit(np.stack([pictures[i] for i in order]))
     membership = pixels.new_zeros(len(pixels), 0, *pixels.shape[2:]) if labeller is None else \
         regions.from_segmenter(labeller, pixels, task, facts["instrument"]["confidence"])
-    role = np.array(roles(len(order), split.held_out_fraction))
+    role = np.array(roles([listing.cases[i].group for i in order], split.held_out_fraction))
     rows = {name: torch.from_numpy(role == name) for name in ROLES if (role == name).any()}
     known = ReferenceMoments(facts["instrument"], {name: int(chosen.sum()) for name, chosen in rows.items()},
                              {name: measured(encoder, pixels[chosen], membership[chosen]) for name, chosen in rows.items()},

@@ -174,7 +174,7 @@ def test_drawn_references_come_from_the_training_split_and_nest(project: Path) -
     for image, mask, case in zip(drawn.images, drawn.labels, drawn.ids, strict=True):
         row = train.ids.index(case)
         assert np.array_equal(image, train.images[row]) and np.array_equal(mask, train.labels[row])
-    assert drawn.table["role"].tolist() == ["align", "align", "held_out"] and drawn.table["labelled"].all()
+    assert drawn.table["group"].nunique() == 1 and (drawn.table["role"] == "align").all() and drawn.table["labelled"].all()
     set_references(project, {"count": 2})
     run_stage(project, "references", "there", quiet=True)
     fewer = pd.read_parquet(project / "artifacts/references/there/manifest.parquet")
@@ -193,6 +193,20 @@ def test_references_from_a_folder_without_labels(project: Path) -> None:
     assert references.table["role"].tolist() == ["align"] * 3 + ["held_out"]
     with pytest.raises(InputError, match="no masks"):
         references.labels  # noqa: B018
+
+
+def test_references_of_a_patient_have_one_role(project: Path) -> None:
+    for n in range(4):
+        save(Image.fromarray(np.full((8, 8, 3), 7 * n, np.uint8)), project / "refs" / f"new{n}.png")
+    (project / "refs" / "groups.csv").write_text("stem,patient\nnew0,a\nnew1,b\nnew2,a\nnew3,b\n")
+    set_references(project, {"dir": "refs"})
+    for stage, key in (("data", "here"), ("data", "there"), ("references", "there")):
+        run_stage(project, stage, key, quiet=True)
+    table = read_pairs(project / "artifacts/references/there").table
+    assert sorted(table["role"]) == ["align"] * 2 + ["held_out"] * 2 and table.groupby("group")["role"].nunique().tolist() == [1, 1]
+    (project / "refs" / "groups.csv").write_text("stem,patient\nnew0,a\nnew1,a\nnew2,a\nnew3,a\n")
+    run_stage(project, "references", "there", quiet=True)
+    assert (read_pairs(project / "artifacts/references/there").table["role"] == "align").all()
 
 
 def test_arrays_that_are_none(tmp_path: Path) -> None:

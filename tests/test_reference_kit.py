@@ -85,10 +85,18 @@ def test_one_kind_of_references_and_no_area_matching() -> None:
 
 
 def test_roles_are_the_rule_of_stage_references() -> None:
-    assert [roles(n, 0.3).count("held_out") for n in (1, 2, 3, 5, 6, 10)] == [0, 0, 1, 2, 2, 3]
-    assert roles(4, 0.0) == ["align"] * 4
+    for n, held_out in zip((1, 2, 3, 5, 6, 10), (0, 0, 1, 2, 2, 3), strict=True):
+        assert roles([str(i) for i in range(n)], 0.3) == ["align"] * (n - held_out) + ["held_out"] * held_out
+    assert roles(list("abcd"), 0.0) == ["align"] * 4
     assert sorted(in_drawn_order(["a", "b", "c"], 0)) == [0, 1, 2]
     assert in_drawn_order(["a", "b", "c"], 0) == in_drawn_order(["a", "b", "c"], 0)
+
+
+@pytest.mark.parametrize(("groups", "held_out"), [
+    ("aabbcd", "cd"), ("abcdeeee", "cd"), ("abcaaa", "bc"), ("aaab", "b"), ("aaabbb", "b"), ("abb", "a"), ("aaaa", ""), ("ab", "")])
+def test_nobody_is_aligned_to_and_held_out(groups: str, held_out: str) -> None:
+    assert roles(list(groups), 0.3) == ["held_out" if group in held_out else "align" for group in groups]
+    assert "align" in roles(list(groups), 0.9)
 
 
 # ---- a project, its kit, its file
@@ -417,6 +425,13 @@ def test_without_a_held_out_part_the_aligning_one_serves_twice(built: Path, imag
     out = aligned(built, tmp_path / "out", referenced(built, tmp_path / "none", file=str(tmp_path / "m.safetensors")))
     looks = pd.read_parquet(out / "gates.parquet")
     assert (looks["held_out_reward"] == looks["reward"]).all()
+
+
+def test_moments_of_the_held_out_part_are_of_other_patients(kit: Path, images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images, tmp_path / "grouped")
+    stems = sorted(each.stem for each in (images / "images").iterdir())
+    (tmp_path / "grouped" / "groups.csv").write_text("stem,patient\n" + "".join(f"{stem},{n % 2}\n" for n, stem in enumerate(stems)))
+    assert apply_kit(kit, tmp_path / "grouped", tmp_path / "m.safetensors").n_images == {"align": 3, "held_out": 3}
 
 
 def test_stage_references_of_a_file_has_no_rows(built: Path, file: Path, tmp_path: Path) -> None:
