@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def derive_seed(*names: object) -> int:
-    """63-bit seed from SHA-256 of the names joined by ``/``."""
+    """63 bits of SHA-256 of the names joined by ``/``; numpy's generators take them all, torch's on a CPU the lower 32."""
     digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 

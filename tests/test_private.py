@@ -1,5 +1,6 @@
 """Differential privacy of the references: the gradient of each, the noised sum, the accountant and what is refused."""
 
+import itertools
 import math
 import sys
 from statistics import NormalDist
@@ -78,6 +79,15 @@ def test_noise_cannot_be_repeated_without_the_site_key(monkeypatch: pytest.Monke
     here = added(many)
     monkeypatch.setenv("ALIGNFLOW_SITE_KEY_FILE", str(tmp_path / "other.key"))
     assert not torch.allclose(here, added(many), atol=1e-3)
+
+
+def test_noise_depends_on_every_digit_of_its_keyed_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a CPU's generator of torch the lower 32 bits of a seed are all that counts."""
+    drawn = []
+    for place in range(0, 64, 7):
+        monkeypatch.setattr("alignflow_core.reward.private.pseudonym", lambda kind, name, length, at=place: ("0" * at + "1" + "0" * 63)[:length])
+        drawn.append(added([torch.ones(200)]))
+    assert all(not torch.allclose(a, b, atol=1e-3) for a, b in itertools.combinations(drawn, 2))
 
 
 @pytest.mark.parametrize(("epsilon", "steps"), [(1.0, 20), (8.0, 120), (50.0, 1000)])

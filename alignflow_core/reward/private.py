@@ -1,4 +1,4 @@
-"""Differential privacy of the references in stage 2: DP-SGD (arXiv 1607.00133), clipped, noised and accounted by Opacus.
+"""Differential privacy of the references in stage 2: DP-SGD (arXiv 1607.00133), clipped, summed and accounted by Opacus.
 
 A record is one reference that is aligned to. The reward is split into one reward per reference, each pulling to the features of that one
 alone; every gradient is brought to the same norm (normalised clipping, arXiv 2206.07136: no threshold to choose), noise is added to
@@ -9,8 +9,9 @@ and the mechanism is Gaussian. The denoising loss reads source pairs alone and n
 import hashlib
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -58,19 +59,25 @@ class PrivateSum:
         from opacus.optimizers import DPOptimizer
 
         own = [p.grad for p in parameters]
-        noise = torch.Generator(parameters[0].device).manual_seed(int(pseudonym("noise", f"{self.salt}/{step}", 15), 16))
-        summed = DPOptimizer(torch.optim.SGD(parameters, lr=0.0), noise_multiplier=self.noise_multiplier, max_grad_norm=norm,
-                             expected_batch_size=n, generator=noise)
+        summed = DPOptimizer(torch.optim.SGD(parameters, lr=0.0), noise_multiplier=0.0, max_grad_norm=norm, expected_batch_size=n)
         for i, gradient in enumerate(gradients):
             length = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient]))
             for parameter, g in zip(parameters, gradient, strict=True):
                 parameter.grad_sample = (g * (norm / length.clamp_min(1e-30)))[None]  # type: ignore[attr-defined]
             summed.signal_skip_step(i + 1 < n)
             summed.pre_step()
+        draw = self._generator(step)
         for parameter, before in zip(parameters, own, strict=True):
+            noise = torch.from_numpy(draw.standard_normal(tuple(parameter.shape), np.float32)).to(parameter)
+            parameter.grad = cast(Tensor, parameter.grad) + self.noise_multiplier * norm / n * noise
             parameter.grad_sample = parameter.summed_grad = None  # type: ignore[attr-defined]
-            if before is not None and parameter.grad is not None:
+            if before is not None:
                 parameter.grad = parameter.grad + before
+
+    def _generator(self, step: int) -> np.random.Generator:
+        """Of the noise of a step, seeded by all 256 bits of its keyed hash: torch's on a CPU would keep 32, which can be tried one by one."""
+        seed = int(pseudonym("noise", f"{self.salt}/{step}", 64), 16)
+        return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, pool_size=8)))
 
     def spent(self, n: int) -> dict[str, Any]:
         """What the finished weights promise about each of the n references, by the accountant."""
