@@ -219,7 +219,8 @@ def _draw_masks(config: Any, checkpoint_dir: Path, real: np.ndarray, wanted: int
     model, facts = velocity_unet.load(checkpoint_dir)
     velocity = Replayed(velocity_unet.in_domain(placed(model, config.machine, device), velocity_unet.SOURCE))
     shape = (facts["channels"], facts["size"], facts["size"])
-    areas = regions(real, task).mean((2, 3))
+    known = regions(real, task)
+    areas = known.mean((2, 3))
     low, high = np.quantile(areas, [settings.area_quantile, 1 - settings.area_quantile], axis=0)
     tried = 0
     while len(kept) < wanted:
@@ -232,7 +233,7 @@ def _draw_masks(config: Any, checkpoint_dir: Path, real: np.ndarray, wanted: int
         for number, mask in zip(batch, from_regions(maps.cpu().numpy(), task), strict=True):
             mask = clean(mask, task)
             area = regions(mask[None], task).mean((2, 3))[0]
-            if len(kept) < wanted and (area >= low).all() and (area <= high).all() and _nearest_dice(mask, real, task) <= settings.copy_dice:
+            if len(kept) < wanted and (area >= low).all() and (area <= high).all() and _nearest_dice(mask, known, task) <= settings.copy_dice:
                 kept.append(mask)
                 numbers.append(number)
         tried += settings.batch
@@ -257,6 +258,6 @@ def clean(mask: np.ndarray, task: Task) -> np.ndarray:
     return from_regions(tidy[None].astype(np.float32), task)[0]
 
 
-def _nearest_dice(mask: np.ndarray, real: np.ndarray, task: Task) -> float:
-    """Largest foreground-region Dice (mean over the classes of either) with any training mask."""
-    return float(region_dice(regions(mask[None], task), regions(real, task)).max())
+def _nearest_dice(mask: np.ndarray, known: np.ndarray, task: Task) -> float:
+    """Largest foreground-region Dice (mean over the classes of either) with any training mask's regions [N, C, H, W]; an empty mask copies none."""
+    return float(region_dice(regions(mask[None], task), known).max()) if mask.any() else 0.0

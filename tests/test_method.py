@@ -318,7 +318,9 @@ def test_masks_without_a_class_can_be_copies() -> None:
     masks = np.zeros((2, 8, 8), np.uint8)
     masks[0, :4] = 1
     task = dataclasses.replace(CONFIG.task, kind="labels", classes=("a", "b"), values={0: 0, 1: 1, 2: 2}, nested=False)
-    assert sample._nearest_dice(masks[0], masks[:1], task) == 1.0 and sample._nearest_dice(masks[1], masks[:1], task) == 0.0
+    known = regions(masks, task)
+    assert sample._nearest_dice(masks[0], known, task) == 1.0 and sample._nearest_dice(masks[0], known[1:], task) == 0.0
+    assert sample._nearest_dice(masks[1], known, task) == 0.0, "an empty mask is the copy of no other"
 
 
 PRIVATE: dict[str, Any] = {"privacy": Privacy(epsilon=30.0), "recolour": False}
