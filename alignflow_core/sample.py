@@ -259,5 +259,5 @@ def clean(mask: np.ndarray, task: Task) -> np.ndarray:
 
 
 def _nearest_dice(mask: np.ndarray, known: np.ndarray, task: Task) -> float:
-    """Largest foreground-region Dice (mean over the classes of either) with any training mask's regions [N, C, H, W]; an empty mask copies none."""
+    """Largest foreground-region Dice (mean over the classes of either) with regions [N, C, H, W] of training masks; an empty mask copies none."""
     return float(region_dice(regions(mask[None], task), known).max()) if mask.any() else 0.0
