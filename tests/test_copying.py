@@ -57,3 +57,20 @@ def test_novelty_needs_no_unseen_target_image():
     ratio, flagged = novelty_check(np.concatenate([copy[None], fresh]), references, textures(80, 9), np.arange(80), 0.01, np.random.default_rng(0))
     assert flagged[0] and ratio[0] < 0.2 and flagged[1:].mean() <= 0.05
     assert np.median(ratio[1:]) == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize(("n", "groups"), [(12, 12), (40, 12), (8, 1), (8, 2)])
+def test_few_source_images_or_patients_still_tell_a_copy(n: int, groups: int):
+    """As many references as source images, or an image of every patient in any mock set: something stays to compare with."""
+    references, fresh = textures(n, 7), textures(100, 8)
+    ratio, flagged = novelty_check(np.concatenate([references[3:4], fresh]), references, textures(12, 9), np.arange(12) % groups, 0.01,
+                                   np.random.default_rng(0))
+    assert flagged[0] and flagged[1:].mean() <= 0.1  # of 12 images hardly more can be asked
+
+
+def test_twins_among_the_references_do_not_hide_copies():
+    references, fresh = textures(8, 7), textures(100, 8)
+    queries = np.concatenate([references[4:5] // 8 * 8, fresh])
+    once, twice = (novelty_check(queries, bank, textures(80, 9), np.arange(80), 0.01, np.random.default_rng(0))
+                   for bank in (references, np.concatenate([references, references[:6]])))
+    assert np.array_equal(once[0], twice[0]) and twice[1][0] and twice[1][1:].mean() <= 0.05

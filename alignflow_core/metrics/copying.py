@@ -15,6 +15,7 @@ from alignflow_core.metrics.likeness import details, unlikeness
 
 SIDE = 16
 SOURCE_POOL = 400  # source images from which mock reference sets are drawn
+TWIN = 1e-6  # distance between thumbnails of equal content, by rounding alone
 TAIL = 4.0  # deviations below the median ratio of real images at which a flag begins: of a normal law 1 in 30 000 lies lower
 TWICE = 6.0  # deviations below the median at which a held-out image is no yardstick: somebody is in the bank and held out, under two names
 LEAST_HELD_OUT = 20  # real images that a threshold can be read off: fewer leave false flags above 1 in 21
@@ -122,7 +123,8 @@ def novelty_check(queries: np.ndarray, references: np.ndarray, source: np.ndarra
 
     Without unseen target images the yardstick is the references' own spacing (the median distance from one to the nearest
     other), and how small a ratio real images reach is learned on the source, where mock reference sets of the same size
-    are drawn. Source images themselves are no yardstick: whatever has come to look like the target lies nearer to the references.
+    are drawn (of half of the source's images at most, and never of all its groups, or nothing would be left to compare them with). Source
+    images themselves are no yardstick: whatever has come to look like the target lies nearer to the references.
 
     Args:
         queries, references, source: uint8 [N, H, W, 3].
@@ -131,24 +133,30 @@ def novelty_check(queries: np.ndarray, references: np.ndarray, source: np.ndarra
             (a single reference has no spacing: then only as far as the target is as varied as the source).
 
     Returns:
-        Distance to the nearest reference in units of the spacing, [N], and which are flagged, bool [N].
+        Distance to the nearest reference in units of the spacing, [N], and which are flagged, bool [N]: none where the source is one image.
     """
     bank = thumbnails(references)
     ratio = distances(thumbnails(queries), bank).min(1) / _spacing(distances(bank, bank))
+    if len(source) < 2:
+        return ratio, np.zeros(len(ratio), bool)
     pool = np.unique(np.linspace(0, len(source) - 1, min(SOURCE_POOL, len(source))).astype(int))
-    groups = groups[pool]
+    groups = groups[pool] if len(set(groups[pool])) > 1 else pool  # frames of a single sequence are compared with each other: better than nothing
     among = distances(small := thumbnails(source[pool]), small)
+    n = min(len(references), len(pool) // 2)
     found = []
     for _ in range(draws):
-        mock = rng.permutation(len(pool))[:len(references)]
-        fresh = ~np.isin(groups, groups[mock])
+        order = rng.permutation(len(pool))
+        fresh = ~np.isin(groups, groups[order[:n]])
+        if not fresh.any():  # few groups, and an image of each was drawn: that of the last stays out
+            fresh = groups == groups[order[-1]]
+        mock = order[~fresh[order]][:n]
         found.append(among[np.ix_(fresh, mock)].min(1) / _spacing(among[np.ix_(mock, mock)]))
-    calibration = np.concatenate(found)
-    threshold = np.quantile(calibration, quantile) if len(calibration) else -np.inf
+    threshold = np.quantile(np.concatenate(found), quantile)
     return ratio, ratio < threshold
 
 
 def _spacing(among: np.ndarray) -> float:
-    """Median distance to the nearest other member, from distances [n, n]; 1 for a single member (thumbnails are standardised)."""
-    apart = among + np.diag(np.full(len(among), np.inf))
-    return max(float(np.median(apart.min(1))), 1e-9) if len(among) > 1 else 1.0
+    """Median distance to the nearest other member, twins counted once, from distances [n, n]; 1 for a single one (thumbnails are standardised)."""
+    single = ~np.tril(among < TWIN, -1).any(1)
+    apart = among[np.ix_(single, single)] + np.diag(np.full(single.sum(), np.inf))
+    return float(np.median(apart.min(1))) if len(apart) > 1 else 1.0
