@@ -63,8 +63,8 @@ def test_novelty_needs_no_unseen_target_image():
 def test_few_source_images_or_patients_still_tell_a_copy(n: int, groups: int):
     """As many references as source images, or an image of every patient in any mock set: something stays to compare with."""
     references, fresh = textures(n, 7), textures(100, 8)
-    ratio, flagged = novelty_check(np.concatenate([references[3:4], fresh]), references, textures(12, 9), np.arange(12) % groups, 0.01,
-                                   np.random.default_rng(0))
+    _, flagged = novelty_check(np.concatenate([references[3:4], fresh]), references, textures(12, 9), np.arange(12) % groups, 0.01,
+                               np.random.default_rng(0))
     assert flagged[0] and flagged[1:].mean() <= 0.1  # of 12 images hardly more can be asked
 
 
