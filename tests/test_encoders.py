@@ -174,6 +174,16 @@ def test_pretrained_networks_of_other_shapes(kind: str, tmp_path: Path, monkeypa
     assert [m.shape[0] for m in maps] == [2, 2] and all(m.ndim == 4 for m in maps)
 
 
+@pytest.mark.parametrize("kind", ["clip", "vit", "siglip"])
+def test_a_network_that_learnt_every_position_is_shown_images_of_its_own_size(kind: str, tmp_path: Path) -> None:
+    import transformers
+
+    model = getattr(transformers, {"clip": "CLIPVisionModel", "vit": "ViTModel", "siglip": "SiglipVisionModel"}[kind])
+    model(model.config_class(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=70,
+                             patch_size=16)).save_pretrained(tmp_path)
+    assert [m.shape for m in pretrained.load(tmp_path).maps(pictures(2, 1))] == [(2, 32, 4, 4)] * 2
+
+
 def test_missing_weights_are_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"lacks config.json or model.safetensors"):
         pretrained.load(tmp_path)
@@ -181,6 +191,10 @@ def test_missing_weights_are_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(InputError, match="cannot be loaded"):
         pretrained.load(tmp_path)
+    save_vit(tmp_path / "vit")
+    (tmp_path / "vit" / "model.safetensors").write_bytes((tmp_path / "vit" / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"vit cannot be loaded .*; mend the folder"):
+        pretrained.load(tmp_path / "vit")
 
 
 def test_without_a_network_the_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@
 Only safetensors are read: neither pickle nor TorchScript, which can run code. Needs the extra ``encoders``.
 """
 
+import inspect
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,7 +20,7 @@ from alignflow_core.errors import InputError
 from alignflow_core.reward.encoders import Encoder, Material
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SIDE = 224  # the size at which such encoders are mostly trained
+SIDE = 224  # the size at which such encoders are mostly trained; those that know no other than theirs are shown that
 
 
 class Pretrained(Encoder):
@@ -27,15 +29,16 @@ class Pretrained(Encoder):
     Args:
         model: vision model of ``transformers`` that returns hidden states [B, C, H, W] or [B, T, C].
         patch: side of a patch in pixels; 0 for convolutional models.
+        side: of the images that it is shown.
         mean, std: of its input channels, for images in [0, 1].
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: torch.nn.Module, patch: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, model: torch.nn.Module, patch: int, side: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        self.model, self.patch = model, patch
+        self.model, self.patch, self.side = model, patch, side
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
@@ -45,15 +48,14 @@ class Pretrained(Encoder):
         return [self._as_map(states[i]) for i in (len(states) // 2, -1)]
 
     def _hidden(self, images: Tensor) -> tuple[Tensor, ...]:
-        side = SIDE - SIDE % self.patch if self.patch else SIDE
-        x = functional.interpolate((images + 1) / 2, size=(side, side), mode="bilinear", align_corners=False, antialias=False)
+        x = functional.interpolate((images + 1) / 2, size=(self.side, self.side), mode="bilinear", align_corners=False, antialias=False)
         states: tuple[Tensor, ...] = self.model((x - self.mean) / self.std, output_hidden_states=True).hidden_states
         return states
 
     def _as_map(self, state: Tensor) -> Tensor:
         if state.ndim == 4:
             return state
-        side = min(SIDE // self.patch, math.isqrt(state.shape[1]))  # class and register tokens come before the patches; Swin's later maps are smaller
+        side = min(self.side // self.patch, math.isqrt(state.shape[1]))  # class and register tokens come first; Swin's later maps are smaller
         return state[:, -side * side:].transpose(1, 2).unflatten(2, (side, side))
 
 
@@ -84,11 +86,23 @@ def load(weights: str | Path | None) -> Pretrained:
     try:
         model = transformers.AutoModel.from_pretrained(name, use_safetensors=True, **options)
         statistics = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"align.encoder_weights: {name} cannot be loaded ({reason}); "
                          "mend the folder, or without a network give a local folder instead of hub:") from error
     model = getattr(model, "vision_model", model)  # of CLIP only the half that sees
     found = json.loads(Path(statistics).read_text(encoding="utf-8")) if statistics else {}
     patch = getattr(model.config, "patch_size", 0)
-    return Pretrained(model, patch, tuple(found.get("image_mean", IMAGENET_MEAN)), tuple(found.get("image_std", IMAGENET_STD)))
+    mean, std = (tuple(found.get(name, usual)) for name, usual in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)))
+    return Pretrained(model, patch, _side(model, patch), mean, std)
+
+
+def _side(model: torch.nn.Module, patch: int) -> int:
+    """Side of the images that a vision model is shown: its own where it learnt a position for each patch, else :data:`SIDE` in whole patches.
+
+    Such models of ``transformers`` take ``interpolate_pos_encoding``; Swin does too, and has absolute positions only on request.
+    """
+    config: Any = model.config
+    own = getattr(config, "image_size", None)
+    fixed = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters and getattr(config, "use_absolute_embeddings", True)
+    return own if fixed and isinstance(own, int) else SIDE - SIDE % patch if patch else SIDE
