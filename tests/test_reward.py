@@ -174,6 +174,8 @@ def test_distances_by_hand() -> None:
     shift, ratio = 9.0, 2.001 / 1.001
     assert float(distances.gaussian_skl(x, reference)) == pytest.approx((ratio + 1 / ratio) / 4 - 0.5 + shift * (1 + 1 / ratio) / 4)
     assert float(distances.coral(x, reference)) == pytest.approx((2 - 4 / 3) ** 2 / 4)
+    alone = Reference(y[:1], one, one, 2 * one, one)  # the source's variance 1 and that of x, 2, in units of 2
+    assert float(distances.coral(x, alone)) == pytest.approx((2 / 4 - 1 / 4) ** 2 / 4)
     assert float(distances.gram(x, reference)) == pytest.approx((2 - 17) ** 2)
     assert float(distances.cosine(-x, reference)) == pytest.approx(2)
     assert float(distances.sliced_wasserstein(x, reference)) == pytest.approx(9, rel=1e-6)  # every quantile moves by 3

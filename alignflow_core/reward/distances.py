@@ -60,7 +60,8 @@ def skl(features: Tensor, reference: Reference, temperature: float = 1.0) -> Ten
 
 def coral(features: Tensor, reference: Reference, temperature: float = 1.0) -> Tensor:
     """Squared Frobenius distance of covariances over 4 D^2 (arXiv 1607.01719, eq. 1); of a single reference: the source's identity."""
-    apart = _covariance(features / reference.scale) - _covariance(reference.features / reference.scale)
+    theirs = _covariance(reference.features / reference.scale) if len(reference.features) > 1 else reference.scale.square().reciprocal().diag()
+    apart = _covariance(features / reference.scale) - theirs
     return apart.square().sum() / (4 * len(apart) ** 2)
 
 
@@ -100,9 +101,7 @@ def sliced_wasserstein(features: Tensor, reference: Reference, temperature: floa
 
 
 def _covariance(x: Tensor) -> Tensor:
-    """Covariance [D, D] of rows [N, D]; of a single row the identity, as standardised source features have it."""
-    if len(x) < 2:
-        return torch.eye(x.shape[1]).to(x)
+    """Covariance [D, D] of rows [N, D], N >= 2."""
     centred = x - x.mean(0)
     return centred.T @ centred / (len(x) - 1)
 
