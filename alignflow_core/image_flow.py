@@ -63,7 +63,7 @@ def _validation_loss(model: nn.Module, images: Tensor, cond: Tensor, settings: I
     """Mean denoising loss of images [N, 3, H, W] and conditions [N, D, H, W] at fixed noise and times, a training batch at once."""
     total, batch = 0.0, settings.training.batch
     for i, first in itertools.product(range(repeats), range(0, len(images), batch)):
-        rows = slice(first, min(first + batch, len(images)))
-        loss = flow_matching_loss(model, images, cond, settings.times, generator(seed, "image_flow", "validation", i), rows=rows)
-        total += float(loss) * (rows.stop - rows.start)
+        x1, c = images[first:first + batch], cond[first:first + batch]
+        loss = flow_matching_loss(model, x1, c, settings.times, generator(seed, "image_flow", "validation", i, first))
+        total += float(loss) * len(x1)
     return total / (repeats * len(images))

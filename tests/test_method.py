@@ -294,14 +294,24 @@ def test_weights_without_validation_are_the_last(built: dict[str, Path], tmp_pat
 
 
 @pytest.mark.parametrize("batch", [1, 5, 8, 64])
-def test_validation_loss_is_the_same_in_parts(built: dict[str, Path], batch: int) -> None:
+def test_validation_loss_is_the_mean_over_images_and_each_is_noised_once(built: dict[str, Path], batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = velocity_unet.load(built["image_flow"])
     pairs = read_pairs(built["data:source"], "val")
     images, cond = to_unit(pairs.images), condition(pairs.labels, CONFIG.task, CONFIG.image_flow.clip)
     settings = dataclasses.replace(CONFIG.image_flow, training=dataclasses.replace(CONFIG.image_flow.training, batch=batch))
-    whole = np.mean([float(flow_matching_loss(model, images, cond, settings.times, generator(0, "image_flow", "validation", i)).detach())
-                     for i in range(4)])
-    assert image_flow._validation_loss(model, images, cond, settings, 0) == pytest.approx(whole, rel=1e-5)
+    parts: list[tuple[float, int]] = []
+
+    def loss(*arguments: Any, **options: Any) -> torch.Tensor:
+        found = flow_matching_loss(*arguments, **options)
+        parts.append((float(found), len(arguments[1])))
+        return found
+
+    monkeypatch.setattr(image_flow, "flow_matching_loss", loss)
+    found = image_flow._validation_loss(model, images, cond, settings, 0)
+    assert found == image_flow._validation_loss(model, images, cond, settings, 0), "noise and times are fixed"
+    losses, sizes = zip(*parts[:len(parts) // 2], strict=True)
+    assert sum(sizes) == 4 * len(images) and len(set(losses)) == len(losses)
+    assert found == pytest.approx(np.average(losses, weights=sizes), rel=1e-6)
 
 
 def test_a_target_kept_for_testing_has_no_oracle(built: dict[str, Path], tmp_path: Path) -> None:
