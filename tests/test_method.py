@@ -39,7 +39,6 @@ from alignflow_core.pairs import Pairs, read_pairs, to_unit, write_pairs
 from alignflow_core.reward.gates import RATIOS
 from alignflow_core.reward.statconv import StatConv
 from alignflow_core.runner import Context
-from alignflow_core.seeding import generator
 from alignflow_core.segmenter_fit import Diet, fit
 
 SIZE = 24
