@@ -107,3 +107,13 @@ def test_one_filter_takes_sharpness_and_noise_to_the_references() -> None:
     hidden = seen.clone()
     hidden[:, :5] = 0
     assert torch.equal(refocus(sharp, gain, hidden)[:, :, :5], sharp[:, :, :5])
+
+
+def test_a_frame_is_no_blur() -> None:
+    texture = torch.rand(32, 3, 48, 48, generator=torch.Generator().manual_seed(0)) - 0.5
+    lit = torch.ones(32, 48, 48)
+    part = lit.clone()
+    part[:, :, :21] = 0
+    gain = spectral_gain(spectrum(texture[:16], lit[:16]), spectrum(torch.where(part[16:, None] > 0, texture[16:], -1.0), part[16:]))
+    assert (gain[:, 2:].mean(1) - 1).abs().max() < 0.05
+    assert spectrum(texture, torch.zeros(32, 48, 48)).isfinite().all()

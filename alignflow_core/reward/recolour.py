@@ -46,10 +46,12 @@ def recolour(images: Tensor, membership: Tensor, measured: Tensor, references: T
 
 
 def spectrum(images: Tensor, seen: Tensor) -> Tensor:
-    """Mean power per channel and band of spatial frequency [3, BANDS] of images [N, 3, H, W]; ``seen`` [N, H, W] leaves out frames."""
+    """Mean power per channel and band of spatial frequency [3, BANDS] of images [N, 3, H, W], of what ``seen`` [N, H, W] shows of each."""
     mean, _, _ = _statistics(images, seen[:, None])
     taper = torch.hann_window(images.shape[2], periodic=False)[:, None] * torch.hann_window(images.shape[3], periodic=False)
-    power = torch.fft.rfft2((images - mean[:, 0, :, None, None]) * (seen[:, None] * taper.to(images))).abs().square().mean(0)
+    window = seen * taper.to(images)
+    energy = window.square().sum((1, 2)).clamp_min(1e-6)  # a frame leaves less of it, and would pass for blur
+    power = (torch.fft.rfft2((images - mean[:, 0, :, None, None]) * window[:, None]).abs().square() / energy[:, None, None, None]).mean(0)
     share = _bands(images)
     return torch.einsum("chw,khw->ck", power, share) / share.sum((1, 2)).clamp_min(1e-6)
 
