@@ -62,10 +62,11 @@ class PrivateAlignment(Alignment):
         kept: list[Tensor] = []
 
         def rewards(x1: Tensor) -> list[Tensor]:
-            features = self._features(x1.float(), self.labels[rows])
-            kept[:] = [f.detach() for f in features]
-            joined = steadied(features, past)
-            return [-self.objective(joined, one) for one in self.each]
+            with torch.autocast(self.device.type, enabled=False):  # moments are of single precision, as those of the references are
+                features = self._features(x1.float(), self.labels[rows])
+                kept[:] = [f.detach() for f in features]
+                joined = steadied(features, past)
+                return [-self.objective(joined, one) for one in self.each]
 
         parameters = [p for p in self.painter.parameters() if p.requires_grad]
         with autocast(self.config.machine, self.device):

@@ -39,6 +39,7 @@ from alignflow_core.pairs import Pairs, read_pairs, to_unit, write_pairs
 from alignflow_core.reward.gates import RATIOS
 from alignflow_core.reward.statconv import StatConv
 from alignflow_core.runner import Context
+from alignflow_core.seeding import generator
 from alignflow_core.segmenter_fit import Diet, fit
 
 SIZE = 24
@@ -415,6 +416,23 @@ def test_noise_of_a_budget_is_new_for_another_guidance_and_other_weights_of_the_
         config = SimpleNamespace(**{**vars(CONFIG), "align": private, "sample": dataclasses.replace(CONFIG.sample, guidance_scale=guidance)})
         salts.append(alignment_private.PrivateAlignment(config, built, work).private.salt)
     assert len(set(salts)) == 3 and salts[0] == salts[3], "a resumed run repeats its noise"
+
+
+@pytest.mark.parametrize("changed", [{}, PRIVATE])
+def test_rewards_are_of_single_precision(built: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]) -> None:
+    if changed is PRIVATE:
+        pytest.importorskip("opacus", reason="the extra 'dp' is not installed")
+    kind = alignment_private.PrivateAlignment if changed is PRIVATE else alignment.Alignment
+    work = kind(SimpleNamespace(**{**vars(CONFIG), "align": dataclasses.replace(CONFIG.align, **changed)}), built, context(tmp_path, "clinic"))
+    known, _ = work._describe()
+    for module in (alignment, alignment_private):  # as on a GPU under machine.precision=bf16
+        monkeypatch.setattr(module, "autocast", lambda machine, device: torch.autocast("cpu", torch.bfloat16))
+    seen: list[bool] = []
+    features, distance = work._features, work.objective.distance
+    monkeypatch.setattr(work, "_features", lambda *given: (seen.append(torch.is_autocast_enabled("cpu")), features(*given))[1])
+    monkeypatch.setattr(work.objective, "distance", lambda *given: (seen.append(torch.is_autocast_enabled("cpu")), distance(*given))[1])
+    work._pull(generator(0), 1.0, known, [f[:0] for f in features(work.images[:2], work.labels[:2])], 0)
+    assert seen and not any(seen)
 
 
 def test_filter_refuses_a_pair_whose_image_ignores_its_mask(built: dict[str, Path], tmp_path: Path) -> None:
