@@ -53,7 +53,7 @@ class _Contrast(nn.Module):
 
 
 def build(material: Material) -> SelfSupervised:
-    """Train the encoder on source and references; a quarter of each batch are references, few as they are."""
+    """Train the encoder on source and references; of each batch a quarter are references, or all there are where they are fewer than that."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(material.seed, "ssl", "weights"))
         model = _Contrast().to(material.source.device)
