@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignflow_core.config import Network, SegmenterNetwork, Task
 from alignflow_core.errors import InputError
@@ -129,6 +130,23 @@ def test_a_small_region_in_large_cells_is_not_described_as_nothing(cell: int) ->
     grid = torch.full((1, 1, 256 // cell, 256 // cell), 7.0)
     mean, deviation = pool(grid, _on_grid(region, grid))[0].tolist()
     assert mean == pytest.approx(7.0, rel=1e-5) and deviation < 0.01
+
+
+def test_regions_of_labels_by_hand_and_without_wide_numbers() -> None:
+    widths: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = function(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor) and made.numel() >= labels.numel():
+                widths.append(made.element_size())
+            return made
+
+    labels = torch.tensor([[[0, 1], [2, 0]], [[2, 2], [2, 2]]], dtype=torch.uint8)
+    with Watch():
+        membership = regions.from_labels(labels, 2)
+    assert max(widths) == 4 and membership.dtype == torch.float32
+    assert membership.tolist() == torch.nn.functional.one_hot(labels.long(), 3).permute(0, 3, 1, 2).float().tolist()
 
 
 def test_pseudo_regions_are_the_confident_pixels() -> None:

@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from scipy.ndimage import binary_propagation
 from torch import Tensor, nn
-from torch.nn import functional
 
 from alignflow_core.config import Task
 
@@ -15,7 +14,8 @@ LEAST_VIEW = 0.25  # of the image: a darker one is a dark image, not a framed on
 
 def from_labels(labels: Tensor, n_classes: int) -> Tensor:
     """Class numbers [N, H, W] -> membership float [N, 1 + n_classes, H, W]: background, then every class; regions do not overlap."""
-    return functional.one_hot(labels.long(), n_classes + 1).permute(0, 3, 1, 2).float()
+    numbers = torch.arange(n_classes + 1, dtype=labels.dtype, device=labels.device).view(-1, 1, 1)
+    return (labels[:, None] == numbers).float()  # one_hot would first make eight bytes of each
 
 
 def core(membership: Tensor, confident: Tensor) -> Tensor:
