@@ -41,10 +41,7 @@ def _names(folder: Path, inside: str = "", above: tuple[str, ...] = ()) -> Itera
     with contextlib.suppress(OSError), os.scandir(place) as entries:  # what is gone or closed to us has no files
         for entry in entries:
             name = os.path.join(inside, entry.name)
-            if entry.is_dir():
-                yield from _names(folder, name, (*above, place))
-            else:
-                yield name
+            yield from _names(folder, name, (*above, place)) if entry.is_dir() else (name,)
 
 
 def raw_hashes(path: Path) -> Iterator[tuple[str, str]]:

@@ -120,7 +120,8 @@ class References:
     """The reference set: ``count`` images drawn from the target's training split by ``seed``, or a folder ``dir``, or a ``file`` of moments
     that ``alignflow reference-moments`` wrote where the images are (``docs/reference-kit.md``).
 
-    ``held_out_fraction`` of them steer when alignment stops and are not aligned to; a ``file`` was split when it was made.
+    About ``held_out_fraction`` of them, in whole patients or sequences, steer when alignment stops and are not aligned to; a ``file`` was split
+    when it was made.
     """
 
     count: int = 10
