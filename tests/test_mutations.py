@@ -482,7 +482,7 @@ def refusals(tree: ast.AST, conditions: tuple[int, int] | None = None) -> Iterat
         elif isinstance(node, ast.FunctionDef):
             inner = None
         refuses = (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)) or (
-            isinstance(node, ast.Expr | ast.Assign | ast.AugAssign) and re.match(r"problems(\.append\(| \+?= \[[^\]])|yield f", ast.unparse(node)))
+            isinstance(node, ast.Expr | ast.Assign | ast.AugAssign) and re.match(r"problems(\.append\(| \+?= \[[^\]])|yield f['\"]", ast.unparse(node)))
         if refuses:
             lines = set(range(node.lineno, (node.end_lineno or node.lineno) + 1))  # type: ignore[attr-defined]
             yield lines | (set(range(conditions[0], conditions[1] + 1)) if conditions else set())
