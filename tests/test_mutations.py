@@ -23,6 +23,7 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "alignflow_core"
 OURS = re.compile(r"(alignflow_core|pipelines|tests|test_\w+|conftest|toy_project)(\.|$)")
 SECONDS = 600
+TELLS = r"problems(\.append\(| \+?= \[[^\]])|yield f['\"]"  # statements that tell a problem
 NEVER = "ZeroDivisionError"  # an error that none of these places raises
 
 
@@ -482,7 +483,7 @@ def refusals(tree: ast.AST, conditions: tuple[int, int] | None = None) -> Iterat
         elif isinstance(node, ast.FunctionDef):
             inner = None
         refuses = (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)) or (
-            isinstance(node, ast.Expr | ast.Assign | ast.AugAssign) and re.match(r"problems(\.append\(| \+?= \[[^\]])|yield f['\"]", ast.unparse(node)))
+            isinstance(node, ast.Expr | ast.Assign | ast.AugAssign) and re.match(TELLS, ast.unparse(node)))
         if refuses:
             lines = set(range(node.lineno, (node.end_lineno or node.lineno) + 1))  # type: ignore[attr-defined]
             yield lines | (set(range(conditions[0], conditions[1] + 1)) if conditions else set())
