@@ -64,8 +64,8 @@ def counted(target: Any, references: Path) -> Any:
     """A target whose references were given, not drawn, with the number in their artifact: the setting ``count`` says nothing of them."""
     if not _given(target):
         return target
-    n_references = int(read_json(references / "metrics.json")["n_references"])
-    return dataclasses.replace(target, references=dataclasses.replace(target.references, count=n_references))
+    n_references = read_json(references / "metrics.json").get("n_references", target.references.count)
+    return dataclasses.replace(target, references=dataclasses.replace(target.references, count=int(n_references)))
 
 
 def _given(target: Any) -> bool:
