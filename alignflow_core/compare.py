@@ -34,18 +34,18 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
         ``difference_<target>_<arm>_<baseline>`` in Dice and ``gap_closed_<target>_<arm>`` of the first segmenter architecture,
         with ``<architecture>/`` before the names of others.
     """
-    values = pd.concat([pd.read_parquet(folder / "metrics.parquet") for folder in inputs.values()], ignore_index=True)
+    values = _side_by_side(inputs, "metrics.parquet")
     table = compare(values, config.evaluate, config.seed)
     table.to_parquet(out_dir / "comparison.parquet", index=False)
     table.to_csv(out_dir / "comparison.csv", index=False, float_format="%.6g")
     by_class = [compare(part, config.evaluate, config.seed).assign(**{"class": str(name)}) for name, part in values.groupby("class", sort=False)]
-    pd.concat(by_class, ignore_index=True).to_parquet(out_dir / "per_class.parquet", index=False)
-    at_home = pd.concat([pd.read_parquet(folder / "source_test.parquet") for folder in inputs.values()], ignore_index=True)
+    pd.concat(by_class or [table.assign(**{"class": ""})], ignore_index=True).to_parquet(out_dir / "per_class.parquet", index=False)
+    at_home = _side_by_side(inputs, "source_test.parquet")
     there = compare(at_home, dataclasses.replace(config.evaluate, baselines=(SOURCE,)), config.seed) if SOURCE in set(at_home["arm"]) else table[:0]
     there.assign(harmed=_harmed(there, at_home)).to_parquet(out_dir / "source_test.parquet", index=False)
     gap = gap_closed(table)
     gap.to_parquet(out_dir / "gap.parquet", index=False)
-    first = table["segmenter"].iloc[0]
+    first = next(iter([*table["segmenter"], *at_home["segmenter"]]), "")
     dice = table[(table["metric"] == "dice") & table["difference"].notna()]
     numbers = {f"{prefix(row['segmenter'], first)}difference_{row['target']}_{row['arm']}_{row['baseline']}": row["difference"]
                for row in dice.to_dict("records")}
@@ -53,6 +53,12 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
                 for row in gap[gap["metric"] == "dice"].to_dict("records")}
     numbers = {name.replace("+", "_plus_"): float(value) for name, value in numbers.items() if np.isfinite(value)}
     return numbers | {"interval_level": config.evaluate.level}
+
+
+def _side_by_side(inputs: Mapping[str, Path], file: str) -> pd.DataFrame:
+    """One table of every target, as :mod:`evaluate` writes it; those without labels have no rows in ``metrics.parquet``."""
+    tables = [pd.read_parquet(folder / file) for folder in inputs.values()]
+    return pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
 
 
 def _harmed(there: pd.DataFrame, values: pd.DataFrame) -> "pd.Series[bool]":

@@ -110,9 +110,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Domain:
-    """A raw folder with ``images/`` and ``masks/``."""
+    """A raw folder with ``images/`` and ``masks/``; one that is not ``labelled`` needs no masks, and nothing is measured by them."""
 
     dir: str
+    labelled: bool = True
 
 
 @dataclass(frozen=True)
@@ -689,6 +690,8 @@ class Project:
         problems = [f"{kind}.{name}: {why}" for kind, names in named.items() for name in names if (why := wrong_name(name))]
         if self.source not in self.domains:
             problems.append(f"source: '{self.source}' is not among domains{nearest(self.source, self.domains)}")
+        elif not self.domains[self.source].labelled:
+            problems.append(f"domains.{self.source}.labelled: the source is learnt from, and needs masks; set it to true and give them")
         for name, target in self.targets.items():
             if target.domain not in self.domains:
                 problems.append(f"targets.{name}.domain: '{target.domain}' is not among domains{nearest(target.domain, self.domains)}")

@@ -55,14 +55,14 @@ def split_groups(groups: Sequence[str], shares: tuple[float, float, float], seed
 
 
 def run_data(config: Any, inputs: Mapping[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
-    """Stage ``data``: one domain's folder -> ``images.npy``, ``masks.npy``, ``manifest.parquet`` at the working size.
+    """Stage ``data``: one domain's folder -> ``images.npy``, ``masks.npy`` (if it has masks), ``manifest.parquet`` at the working size.
 
     File names and groups appear as keyed hashes alone (``site_key.py``), in the order of the names.
     Every file is read once, checked, and its pixels written; memory does not grow with their number.
     """
     with _arrays(config.task, config.data.size, out_dir) as (keep, pixels):
         listing = check_folder(context.root / config.domain.dir, config.task, root=context.root, progress=context.progress,
-                               size=config.data.size, keep=keep)
+                               size=config.data.size, keep=keep, labelled=config.domain.labelled)
     shares = config.data.source_split if context.key == config.source else config.data.target_split
     split_of = split_groups([case.group for case in listing.cases], shares, config.data.seed, context.key)
     table = _table(listing.cases, context.key)
@@ -72,8 +72,10 @@ def run_data(config: Any, inputs: Mapping[str, Path], out_dir: Path, context: An
     write_json(out_dir / KEY_FILE, {"key_check": key_check()})
     counts = table["split"].value_counts()
     sizes = {f"n_{split}": float(counts.get(split, 0)) for split in SPLITS}
-    return sizes | {f"area_{name}": share for name, share in _areas(pixels, config.task).items()} | {
-        "n_groups": float(table["group"].nunique()), "n_empty_masks": float(len(listing.empty_masks))}
+    sizes |= {"n_groups": float(table["group"].nunique()), "labelled": float(listing.labelled)}
+    if not listing.labelled:
+        return sizes
+    return sizes | {f"area_{name}": share for name, share in _areas(pixels, config.task).items()} | {"n_empty_masks": float(len(listing.empty_masks))}
 
 
 def run_references(config: Any, inputs: Mapping[str, Path], out_dir: Path, context: Any) -> dict[str, float]:
@@ -104,9 +106,9 @@ def run_references(config: Any, inputs: Mapping[str, Path], out_dir: Path, conte
                              "lower the count or give references.dir")
         drawn = table.index[in_drawn_order(table["image_sha256"].tolist(), wanted.seed)[:wanted.count]]
         table = table.loc[drawn]
-        for name in ("images.npy", "masks.npy"):
-            np.save(out_dir / name, np.load(inputs["data:target"] / name, mmap_mode="r")[drawn])
-        labelled, places = True, [f"{domain}: case {case}" for case in table["case_id"]]
+        for file in inputs["data:target"].glob("*.npy"):
+            np.save(out_dir / file.name, np.load(file, mmap_mode="r")[drawn])
+        labelled, places = (out_dir / "masks.npy").exists(), [f"{domain}: case {case}" for case in table["case_id"]]
     else:
         with _arrays(config.task, config.data.size, out_dir) as (keep, _):
             listing = check_folder(context.root / wanted.dir, config.task, labelled=False, root=context.root, progress=context.progress,

@@ -98,7 +98,7 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     looks = _looks(data, config.task, segmenter, device)
     looks.to_parquet(out_dir / "appearance.parquet", index=False)
     means = table.groupby(["segmenter", "metric", "arm"])["value"].mean().reset_index()
-    first = table["segmenter"].iloc[0]
+    first = next(iter([*table["segmenter"], *at_home["segmenter"]]), "")
     numbers = {f"{prefix(row['segmenter'], first)}{row['metric']}_{metric_name(row['arm'])}": float(row["value"]) for row in means.to_dict("records")}
     at_home = at_home.groupby(["segmenter", "arm"])["value"].mean().reset_index()
     numbers |= {f"{prefix(row['segmenter'], first)}source_dice_{metric_name(row['arm'])}": float(row["value"]) for row in at_home.to_dict("records")}
@@ -120,7 +120,8 @@ def metric_name(arm: str) -> str:
 
 def _arm_tables(config: SimpleNamespace, inputs: Mapping[str, Path], data: Measured, target: str, device: torch.device,
                 context: Context) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """One row per test image, class, metric, segmenter, arm and segmenter seed; and per test image of the source, its mean Dice."""
+    """One row per test image, class, metric, segmenter, arm and segmenter seed (none without labels); and per test image of the source, its
+    mean Dice."""
     folders = [folder for name, folder in inputs.items() if name.startswith("segment_")]
     rows = [row | {"root": folder} for folder in folders for row in pd.read_parquet(folder / "segmenters.parquet").to_dict("records")]
     order = in_order(row["arm"] for row in rows)
@@ -130,11 +131,12 @@ def _arm_tables(config: SimpleNamespace, inputs: Mapping[str, Path], data: Measu
         model = load_segmenter(row["root"] / row["folder"], device)
         names = {"target": target, "arm": row["arm"], "generator_seed": config.seed, "segmenter": row["segmenter"],
                  "segmenter_seed": row["segmenter_seed"]}
-        frames.append(_image_table(predict(model, data.test.images, config.task, device), data.test, config.task).assign(**names))
+        if data.test.masks is not None:
+            frames.append(_image_table(predict(model, data.test.images, config.task, device), data.test, config.task).assign(**names))
         at_home.append(_source_table(model, data.source_test, config.task, device).assign(**names))
         context.progress(done, len(rows), row["arm"])
     columns = ["target", "arm", "generator_seed", "segmenter", "segmenter_seed", "case_id", "group", "class", "metric", "value"]
-    return pd.concat(frames, ignore_index=True)[columns], pd.concat(at_home, ignore_index=True)[columns]
+    return pd.concat(frames or [at_home[0][:0]], ignore_index=True)[columns], pd.concat(at_home, ignore_index=True)[columns]
 
 
 def _source_table(model: torch.nn.Module, test: Pairs, task: Task, device: torch.device) -> pd.DataFrame:
@@ -196,17 +198,22 @@ def _image_distances(data: Measured, target: str, seed: int) -> tuple[pd.DataFra
     return pd.DataFrame(rows, columns=columns), features
 
 
+LIKENESS = ("target", "set", "case_id", "group", "metric", "value")
+
+
 def _likeness(folder: Path, test: Pairs, target: str, config: SimpleNamespace, root: Path) -> pd.DataFrame:
     """Every painter's images of held-out masks beside the real images of these: target, set, case_id, group, metric, value."""
     ids = pd.read_parquet(folder / "manifest.parquet")["case_id"]
     place = {case: row for row, case in enumerate(test.ids)}
-    real = test.select(np.array([place[case] for case in ids]))
+    real = test.select(np.array([place[case] for case in ids], dtype=int))
     weights = None if config.evaluate.lpips_weights is None else root / config.evaluate.lpips_weights
     frames = []
     for file in sorted(folder.glob("*.npy")):
         for metric, values in paired(read_array(file), real.images, weights).items():
             frames.append(pd.DataFrame({"target": target, "set": file.stem, "case_id": real.ids, "group": real.table["group"].astype(str).to_numpy(),
                                         "metric": metric, "value": values}))
+    if not frames:
+        return pd.DataFrame({name: pd.Series(dtype=float if name == "value" else object) for name in LIKENESS})
     return pd.concat(frames, ignore_index=True)
 
 

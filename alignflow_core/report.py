@@ -51,15 +51,16 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
     source = read_pairs(inputs["data:source"])
     compared, gap, per_class = (pd.read_parquet(inputs["compare"] / f"{name}.parquet") for name in ("comparison", "gap", "per_class"))
     at_home = pd.read_parquet(inputs["compare"] / "source_test.parquet")
-    segmenters = list(dict.fromkeys(compared["segmenter"]))
+    segmenters = list(dict.fromkeys([*compared["segmenter"], *at_home["segmenter"]]))
     comparison, gap, per_class, at_home = (table[table["segmenter"] == segmenters[0]] for table in (compared, gap, per_class, at_home))
     level = read_json(inputs["compare"] / "metrics.json")["interval_level"]
-    arms = in_order(comparison["arm"])
+    arms = in_order([*comparison["arm"], *at_home["arm"]])
     metrics = [metric for metric in METRIC_WORDS if metric in set(comparison["metric"])]
     lineage = _lineage(inputs, context.root)
     once = comparison.drop_duplicates(["target", "arm", "metric"])
     variants = [name for name in targets if config.targets[name].variant_of is not None]
     targets = [name for name in targets if name not in variants]
+    measured = [name for name in targets if name in set(comparison["target"])]  # the others have no labels
     sections = []
     for done, target in enumerate(targets, start=1):
         sections.append(_target(target, config, inputs, source, comparison, gap))
@@ -68,14 +69,14 @@ def run(config: SimpleNamespace, inputs: Mapping[str, Path], out_dir: Path, cont
         targets=sections, level=f"{100 * level:g} %", metrics=[(m, METRIC_WORDS[m]) for m in metrics],
         arm_words={arm: arm_words(arm) for arm in arms}, arm_colours={arm: figures.colour_of(arm) for arm in arms},
         baselines=list(dict.fromkeys(comparison["baseline"])), task=config.task, source=_split_counts(source), size=source.images.shape[1],
-        forest=figures.forest(once[once["metric"] == "dice"], targets, "Dice, mean over held-out test images"),
-        at_home={name: _by_arm(at_home[at_home["target"] == name]) for name in targets}, harm=_harm(at_home, targets),
-        segmenters=segmenters, by_segmenter=_by_segmenter(compared, targets),
-        classes=_per_class(per_class, targets, metrics) if len(config.task.classes) > 1 else [],
+        forest=figures.forest(once[once["metric"] == "dice"], measured, "Dice, mean over held-out test images") if measured else "",
+        at_home={name: rows for name in targets if (rows := _by_arm(at_home[at_home["target"] == name]))}, harm=_harm(at_home, targets),
+        segmenters=segmenters, by_segmenter=_by_segmenter(compared, measured),
+        classes=_per_class(per_class, measured, metrics) if len(config.task.classes) > 1 else [],
         ablations=_ablations(targets, config, inputs, comparison), losses=_losses(inputs, targets),
         lineage=lineage, run=_what_ran(lineage), obey_bar=OBEY_BAR,
         distance_metrics=DISTANCE_METRICS, longest=max((each["rows"] for each in sections), key=len),
-        grouped=any(each["n_groups"] < each["n_test"] for each in sections),
+        grouped=any(each["n_groups"] < each["n_test"] for each in sections if each["labelled"]),
     )
     (out_dir / "index.html").write_text(page, encoding="utf-8")
     return {"bytes": float(len(page.encode())), "targets": float(len(targets))}
@@ -121,7 +122,8 @@ def _target(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], so
             comparison: pd.DataFrame, gap: pd.DataFrame) -> dict[str, Any]:
     """Everything the page says about one target."""
     folder = inputs[f"evaluate:{target}"]
-    values = pd.read_parquet(folder / "metrics.parquet")
+    values, at_home = (pd.read_parquet(folder / f"{name}.parquet") for name in ("metrics", "source_test"))
+    distances = pd.read_parquet(folder / "distances.parquet")
     references = read_pairs(inputs[f"references:{target}"])
     verdict = read_json(inputs[f"align:{target}"] / "verdict.json")
     pairs = pd.read_parquet(inputs[f"filter:{target}"] / "manifest.parquet")
@@ -132,7 +134,8 @@ def _target(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], so
     audited = read_json(inputs[f"privacy:{target}"] / "metrics.json")
     copies = _copy_summary(pd.read_parquet(inputs[f"privacy:{target}"] / "copying.parquet"), audited)
     facts = {
-        "name": target, "n_test": values["case_id"].nunique(), "n_groups": values["group"].nunique(), "n_seeds": values["segmenter_seed"].nunique(),
+        "name": target, "labelled": len(values) > 0, "n_test": values["case_id"].nunique() or int(distances["n_reference"].iloc[0]),
+        "n_groups": values["group"].nunique(), "n_seeds": pd.concat([values["segmenter_seed"], at_home["segmenter_seed"]]).nunique(),
         **_reference_counts(inputs[f"references:{target}"], references),
         "n_pairs": len(pairs), "n_kept": int(pairs["kept"].sum()),
         "reasons": pairs.loc[~pairs["kept"], "reason"].value_counts().to_dict(),
@@ -141,7 +144,7 @@ def _target(target: str, config: SimpleNamespace, inputs: Mapping[str, Path], so
         "headline": _headline(table, shares, facts), "copies": copies, "rows": _rows(table, shares),
         "membership": _membership(audited),
         "obey": {k: v for k, v in read_json(folder / "metrics.json").items() if k.startswith("obey_")},
-        "distances": _distance_rows(pd.read_parquet(folder / "distances.parquet")),
+        "distances": _distance_rows(distances),
         "strengths": _painted_at(inputs[f"sample_aligned:{target}"], "strength", 1.0),
         "starts": _painted_at(inputs[f"sample_aligned:{target}"], "start", 0.0),
         "grid": _grid(target, config, inputs, source, references, pairs["kept"].to_numpy(bool)),

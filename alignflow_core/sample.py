@@ -74,10 +74,12 @@ def run_paired(config: Any, inputs: dict[str, Path], out_dir: Path, context: Any
     """
     settings: Sample = config.sample
     held_out = read_pairs(inputs["data:target"], "test")
+    if held_out.masks is None:  # of a domain without labels: nothing to paint
+        held_out = held_out.select(np.zeros(len(held_out), bool))
     chosen = np.unique(np.linspace(0, len(held_out) - 1, min(settings.n_paired, len(held_out))).round().astype(int))
     pairs = held_out.select(chosen)
     others = {"stage1": "image_flow"} | {name.partition(":")[2]: name for name in inputs if name.startswith("comparator:")}
-    painters = ({} if config.variant_of else others) | {"aligned": "align"}
+    painters = ({} if config.variant_of else others) | {"aligned": "align"} if len(pairs) else {}
     device = prepare(config.machine)
     for done, (painter, name) in enumerate(painters.items(), start=1):
         model, facts = velocity_unet.load(inputs[name])

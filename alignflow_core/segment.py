@@ -77,7 +77,8 @@ def run_baselines(config: Any, inputs: dict[str, Path], out_dir: Path, context: 
     # Without labels of its own a reference set has no labelled arm, without images (moments alone) no recoloured ones; the tables lack these.
     absent = {"references-labelled"} if references.masks is None else set()
     absent |= {"reinhard", "fourier", "references-labelled"} if not len(references) else set()
-    absent |= set() if len(read_pairs(inputs["data:target"], "train")) else {"oracle"}  # data.target_split may keep all for testing
+    own = read_pairs(inputs["data:target"], "train")
+    absent |= {"oracle"} if own.masks is None or not len(own) else set()  # no labels, or data.target_split keeps all for testing
     return _fit(config, diets, inputs, out_dir, context, absent, {"oracle": read_pairs(inputs["data:target"], "val")})
 
 

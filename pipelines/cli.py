@@ -76,9 +76,11 @@ def parser() -> argparse.ArgumentParser:
     sub = add("run", run, "raw folders -> report, without git or DVC; the same command resumes an interrupted run")
     sub.add_argument("--source", type=Path, required=True, metavar="DIR", help="source domain: folder with images/ and masks/")
     sub.add_argument("--target", action="append", required=True, metavar="NAME=DIR", help="target domain; may be given several times")
+    sub.add_argument("--unlabelled", action="append", default=[], metavar="NAME",
+                     help="this target has no masks: nothing is measured on it; may be given several times")
     sub.add_argument("--references", required=True, metavar="N|DIR|FILE",
-                     help="draw N unlabelled target images that are never tested on, or a folder of reference images, or a file of their moments "
-                          "(alignflow reference-moments); with several targets a folder with one NAME or NAME.safetensors for each")
+                     help="draw N target images that are never tested on (their masks are not looked at), or a folder of reference images, or a file "
+                          "of their moments (alignflow reference-moments); with several targets a folder with one NAME or NAME.safetensors for each")
     sub.add_argument("--task", required=True, help="how masks are read: binary, refuge or labels")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     add_overrides(sub)
@@ -101,6 +103,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--root", type=Path, default=Path("."), metavar="DIR", help="folder of the project (default: here)")
     sub.add_argument("--source", required=True, metavar="NAME", help="name of the source domain")
     sub.add_argument("--target", action="append", required=True, metavar="NAME", help="name of a target domain; may be given several times")
+    sub.add_argument("--unlabelled", action="append", default=[], metavar="NAME",
+                     help="this target has no masks: nothing is measured on it; may be given several times")
     sub.add_argument("--references", type=int, metavar="N", help="draw N references from each target domain (default: a folder of its own for each)")
     sub.add_argument("--task", required=True, help="how masks are read: binary, refuge or labels")
     add_overrides(sub)
@@ -114,6 +118,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--like", metavar="TARGET",
                      help="take its way of aligning, its arms and (without --domain) its domain (default: the first target's, domain apart)")
     one.add_argument("--domain", type=Path, metavar="DIR", help="labelled images to measure on (default: data/target/NAME if there, else --like's)")
+    one.add_argument("--unlabelled", action="store_true", help="the images of --domain have no masks: nothing is measured on them")
     add_root(one)
     one = actions.add_parser("remove", help="take a target and its variants out; built artifacts stay on disk")
     one.add_argument("name", metavar="NAME")
@@ -236,7 +241,8 @@ def run(options: argparse.Namespace) -> int:
     from pipelines import local
 
     stop_on_sigterm()
-    local.prepare_run(local.Folders(options.source, _named_folders(options.target), options.references), options.task, options.out, options.overrides)
+    folders = local.Folders(options.source, _named_folders(options.target), options.references, options.unlabelled)
+    local.prepare_run(folders, options.task, options.out, options.overrides)
     print(f"report: {local.run_all(options.out, options.quiet, options.jobs)}")
     return 0
 
@@ -283,7 +289,7 @@ def init(options: argparse.Namespace) -> int:
     """A new project."""
     from pipelines.scaffold import init as write
 
-    steps = write(options.root, options.source, options.target, options.references, options.task, options.overrides)
+    steps = write(options.root, options.source, options.target, options.references, options.task, options.overrides, options.unlabelled)
     print("\n".join(f"{number}. {step}" for number, step in enumerate(steps, 1)))
     return 0
 
@@ -293,7 +299,7 @@ def target(options: argparse.Namespace) -> int:
     from pipelines import targets
 
     if options.action == "add":
-        targets.add(options.root, options.name, options.references, options.like, options.domain)
+        targets.add(options.root, options.name, options.references, options.like, options.domain, not options.unlabelled)
         print(f"target {options.name} added; 'alignflow materialize' builds it")
     elif options.action == "remove":
         print("\n".join(f"target {name} taken out" for name in targets.remove(options.root, options.name)))

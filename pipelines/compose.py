@@ -99,7 +99,8 @@ def refuse_to_lose(file: Path, params: dict[str, Any]) -> list[str]:
         InputError: it has domains of its own, which nothing but that file knows.
     """
     built_in = yaml.safe_load((CONF_DIR / "task" / "phantom.yaml").read_text(encoding="utf-8"))["domains"]  # profiles take some of them
-    known, own = built_in | params["domains"], _entries(file, "domains")
+    known, own = ({name: {"labelled": True} | domain for name, domain in domains.items()}
+                  for domains in (built_in | params["domains"], _entries(file, "domains")))
     lost = [name for name in own if own[name] != known.get(name)]
     if lost:
         raise InputError(f"{file}: has the domains {', '.join(lost)}, which composing it anew would drop; edit that file, move it away first, or "

@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,13 @@ class Folders:
         targets: target name -> folder.
         references: how many images to draw from each target, or a folder of reference images, or a file of their moments (``alignflow
             reference-moments``); with several targets a folder with one folder NAME or one file NAME.safetensors for each.
+        unlabelled: names of targets without masks, on which nothing is measured.
     """
 
     source: Path
     targets: Mapping[str, Path]
     references: str
+    unlabelled: Collection[str] = ()
 
     def layout(self) -> dict[str, Any]:
         """``source``, ``domains`` and ``targets`` of params.yaml, with absolute folders.
@@ -48,6 +50,7 @@ class Folders:
         problems = [f"--target {name}={folder}: {why}" for name, folder in self.targets.items() if (why := wrong_name(name))]
         problems += [f"--target {name}={folder}: is the source folder too; give the target's own folder"
                      for name, folder in self.targets.items() if folder.resolve() == self.source.resolve()]
+        problems += [f"--unlabelled {name}: not a target{nearest(name, self.targets)}" for name in self.unlabelled if name not in self.targets]
         if len(self.targets) > 1 and Path(self.references).is_file():
             problems.append(f"--references {self.references}: is one file, there are {len(self.targets)} targets; give a folder with "
                             f"NAME{MOMENTS_SUFFIX} for each")
@@ -57,7 +60,8 @@ class Folders:
         source = f"{source}-source" if source in self.targets or wrong_name(source) else source
         domains = {source: self.source} | dict(self.targets)
         return {"source": source,
-                "domains": {name: {"dir": str(folder.resolve())} for name, folder in domains.items()},
+                "domains": {name: {"dir": str(folder.resolve())} | ({"labelled": False} if name in self.unlabelled else {})
+                            for name, folder in domains.items()},
                 "targets": {name: {"domain": name} | self._references(name) for name in self.targets}}
 
     def reference_path(self, target: str) -> Path | None:
@@ -121,6 +125,8 @@ def prepare_run(folders: Folders, task: str, out: Path, overrides: Sequence[str]
     except InputError as error:
         problems += error.problems
         masks_as = task_named(task)
+    without = [name for name, folder in folders.targets.items()
+               if name not in folders.unlabelled and folder.is_dir() and not (folder / "masks").is_dir()]
     given = [path for path in map(folders.reference_path, folders.targets) if path is not None]
     references = [path for path in given if not is_moments(path)]
     for file in (path for path in given if is_moments(path)):
@@ -128,9 +134,12 @@ def prepare_run(folders: Folders, task: str, out: Path, overrides: Sequence[str]
             read_moments(file)
         except InputError as error:
             problems += error.problems
-    for folder in (folders.source, *folders.targets.values(), *references):
+    problems += [f"--target {name}={folder}: has no masks/, by which results are measured; add them, or give --unlabelled {name} and go without"
+                 for name, folder in folders.targets.items() if name in without]
+    checked = {folders.source: True} | {folder: name not in folders.unlabelled for name, folder in folders.targets.items() if name not in without}
+    for folder, labelled in (checked | dict.fromkeys(references, False)).items():
         try:
-            check_folder(folder, masks_as, labelled=folder not in references)
+            check_folder(folder, masks_as, labelled=labelled)
         except InputError as error:
             problems += error.problems
     if problems:

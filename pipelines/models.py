@@ -125,8 +125,12 @@ def measure(root: Path, project: Project, model: Model) -> "pd.DataFrame":
         own = table[(table["arm"] == model.arm) & (table["segmenter"] == model.segmenter) & (table["metric"] == "dice")]
         dice = own.groupby("case_id").agg(dice=("value", "mean"), group=("group", "first"))
         domain = project.targets[target].domain
+        if own.empty:  # or without labels
+            continue
         pixels = _pixel_hashes(root / artifact_dir("data", domain))
         frames.append(dice.assign(case=dice.index.map(pixels), group=domain + "/" + dice["group"].astype(str)))
+    if not frames:
+        return pd.DataFrame({"case": [], "group": [], "dice": []})
     values = pd.concat(frames, ignore_index=True).groupby("case", as_index=False).agg(group=("group", "first"), dice=("dice", "mean"))
     return values.assign(group=values["group"].factorize()[0])
 

@@ -40,6 +40,8 @@ def pooled(runs: Sequence[Path], baselines: Sequence[str]) -> str:
     problems += [f"--baseline {name}: unknown arm{nearest(name, known)}" for name in baselines if name not in known]
     problems += [f"{run}: target {target} is not evaluated yet; finish the run" for run, project in projects.items() for target in project.targets
                  if not (run / "artifacts" / "evaluate" / target / "metrics.parquet").exists()]
+    problems += [f"{runs[0]}: target {name} has no labels, and nothing to pool" for name, target in first.targets.items()
+                 if not first.domains[target.domain].labelled]
     if problems:
         raise InputError(*problems)
     values = pd.concat([pd.read_parquet(run / "artifacts" / "evaluate" / target / "metrics.parquet")

@@ -4,12 +4,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignflow_core.config import build_project
 from alignflow_core.errors import InputError
+from alignflow_core.validation import nearest
 from pipelines import dvcfile
 from pipelines.compose import compose, render, write_text
 from pipelines.local import wrong_task
@@ -39,7 +40,8 @@ DVC_CONFIG = """\
 """
 
 
-def init(root: Path, source: str, targets: Sequence[str], references: int | None, task: str, overrides: Sequence[str]) -> list[str]:
+def init(root: Path, source: str, targets: Sequence[str], references: int | None, task: str, overrides: Sequence[str],
+         unlabelled: Collection[str] = ()) -> list[str]:
     """Write a project.
 
     Args:
@@ -49,6 +51,7 @@ def init(root: Path, source: str, targets: Sequence[str], references: int | None
         references: images to draw from each target domain; ``None`` for a folder of references a target.
         task: how masks are read.
         overrides: further settings.
+        unlabelled: targets without masks, on which nothing is measured.
 
     Returns:
         what is left for the user to do, a line each.
@@ -62,16 +65,19 @@ def init(root: Path, source: str, targets: Sequence[str], references: int | None
         raise InputError(f"{root / 'params.yaml'}: a project is here already; change it with 'alignflow target' or by hand, or choose another folder")
     if source in targets:
         raise InputError(f"--source {source}: is a target too; give them different names")
-    domains = {source: {"dir": f"data/source/{source}"}} | {name: {"dir": f"data/target/{name}"} for name in targets}
+    if unknown := [name for name in unlabelled if name not in targets]:
+        raise InputError(*(f"--unlabelled {name}: not a target{nearest(name, targets)}" for name in unknown))
+    domains: dict[str, dict[str, Any]] = {source: {"dir": f"data/source/{source}"}} | {
+        name: {"dir": f"data/target/{name}"} | ({"labelled": False} if name in unlabelled else {}) for name in targets}
     drawn = {name: {"count": references} if references is not None else {"dir": f"data/references/{name}"} for name in targets}
     layout: dict[str, Any] = {"source": source, "domains": domains,
                               "targets": {name: {"domain": name, "references": drawn[name]} for name in targets}}
     profile = [] if any(o.startswith("profile=") for o in overrides) else ["profile=cpu"]
     overrides = [f"task={task}", *profile, *overrides]
     params = compose(overrides, layout)
-    folders = [domain["dir"] for domain in domains.values()]
-    for folder in folders:
-        for part in ("images", "masks"):
+    folders = {str(domain["dir"]): bool(domain.get("labelled", True)) for domain in domains.values()}
+    for folder, labelled in folders.items():
+        for part in ("images", "masks")[:1 + labelled]:
             (root / folder / part).mkdir(parents=True, exist_ok=True)
     references_dirs = [str(entry["dir"]) for entry in drawn.values() if "dir" in entry]
     for folder in references_dirs:
@@ -83,9 +89,10 @@ def init(root: Path, source: str, targets: Sequence[str], references: int | None
     _version_control(root)
     write_text(root / "dvc.yaml", dvcfile.render(build_project(params), root))
     write_text(root / "params.yaml", render(params, overrides))  # last: until it is there, the same command begins again
+    what = "images and masks" if all(folders.values()) else "images, and masks where there is a folder for them,"
     return [*([] if root.resolve() == Path.cwd() else [f"cd {shlex.quote(str(root))}"]),
-            f"put images and masks into {', '.join(folders)}" + (f", reference images into {', '.join(references_dirs)}" if references_dirs else ""),
-            *(f"alignflow check {folder} --task {task}" for folder in folders),
+            f"put {what} into {', '.join(folders)}" + (f", reference images into {', '.join(references_dirs)}" if references_dirs else ""),
+            *(f"alignflow check {folder} --task {task}{'' if labelled else ' --unlabelled'}" for folder, labelled in folders.items()),
             "dvc add data; git add -A; git commit", "alignflow materialize; alignflow ui"]
 
 

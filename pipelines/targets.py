@@ -14,7 +14,8 @@ from pipelines.compose import rewrite_params
 from pipelines.local import FOR_MOMENTS, is_moments
 
 
-def add(root: Path, name: str, references: str, like: str | None = None, domain: Path | None = None) -> None:
+def add(root: Path, name: str, references: str, like: str | None = None, domain: Path | None = None,
+        labelled: bool = True) -> None:
     """Add a target.
 
     Args:
@@ -22,7 +23,8 @@ def add(root: Path, name: str, references: str, like: str | None = None, domain:
         name: of the target; without ``domain`` and ``like`` a folder ``data/target/NAME`` must be its domain.
         references: folder of its reference images, or file of their moments, or how many to draw from its domain.
         like: target whose way of aligning, arms and (without ``domain``) domain it takes; the first target if not given.
-        domain: raw folder of its own labelled images, which only measure; becomes the domain NAME.
+        domain: raw folder of its own images, which only measure; becomes the domain NAME.
+        labelled: the domain's images have masks; without them nothing is measured on the target.
 
     Raises:
         InputError: every problem of names and folders; nothing is written then.
@@ -41,9 +43,10 @@ def add(root: Path, name: str, references: str, like: str | None = None, domain:
         raise InputError(*problems, f"--like {model}: not a target{nearest(model, project.targets)}")
     if domain is None and (name in project.domains or (root / "data" / "target" / name).is_dir()):
         domain = root / (project.domains[name].dir if name in project.domains else f"data/target/{name}")
+    labelled = labelled and (name not in project.domains or project.domains[name].labelled)
     if domain is None and like is None:
-        problems.append(f"target '{name}': has no labelled images to be measured on; give their folder with --domain DIR, "
-                        f"or with --like T the domain of another target")
+        problems.append(f"target '{name}': has no images to be measured on; give their folder with --domain DIR (and --unlabelled if they have no "
+                        f"masks), or with --like T the domain of another target")
     elif domain is not None and name in project.domains and (root / project.domains[name].dir).resolve() != domain.resolve():
         problems.append(f"--domain {domain}: '{name}' is another folder already, {project.domains[name].dir}, which other targets read; "
                         "choose another name")
@@ -54,10 +57,10 @@ def add(root: Path, name: str, references: str, like: str | None = None, domain:
             read_moments(path)
         except InputError as error:
             problems += error.problems
-    for where, labelled in ((None if moments else path, False), (domain, True)):
+    for where, has_masks in ((None if moments else path, False), (domain, labelled)):
         if where is not None:
             try:
-                check_folder(where, project.task, labelled=labelled)
+                check_folder(where, project.task, labelled=has_masks)
             except InputError as error:
                 problems += error.problems
     if problems:
@@ -69,7 +72,7 @@ def add(root: Path, name: str, references: str, like: str | None = None, domain:
     if moments:
         entry["align"] = entry.get("align", {}) | FOR_MOMENTS
     if domain is not None:
-        params["domains"] = params["domains"] | {name: {"dir": _place(root, domain)}}
+        params["domains"] = params["domains"] | {name: {"dir": _place(root, domain), "labelled": labelled}}
     _write(root, params | {"targets": params["targets"] | {name: entry}})
 
 

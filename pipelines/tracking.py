@@ -271,8 +271,10 @@ def _figures(root: Path, folder: Path, project: Project, stage: str) -> dict[str
     from alignflow_core.ablations import by_axis, counted
 
     table = pd.read_parquet(folder / "comparison.parquet").query("metric == 'dice'")
+    if table.empty:  # no target has labels
+        return {}
     table = table[table["segmenter"] == table["segmenter"].iloc[0]]  # as in the report
-    bases = [name for name, target in project.targets.items() if target.variant_of is None]
+    bases = [name for name, target in project.targets.items() if target.variant_of is None and name in set(table["target"])]
     drawn = {"dice": figures.forest(table.drop_duplicates(["target", "arm"]), bases, "Dice, mean over held-out test images")}
     for base in bases:
         own = counted(project.targets[base], root / artifact_dir("references", base))
@@ -291,7 +293,7 @@ def _log_arms(store: "MlflowClient", experiment: str, parent: str, root: Path, p
 
     folder, now = root / artifact_dir("compare", None), int(time.time() * 1000)
     table, numbers = pd.read_parquet(folder / "comparison.parquet"), read_json(folder / "metrics.json")
-    first = str(table["segmenter"].iloc[0])
+    first = next(iter(table["segmenter"]), "")
     for names, rows in table.groupby(["target", "segmenter", "arm"], sort=False):
         target, segmenter, arm = map(str, names)
         if project.targets[target].variant_of and (arm in SHARED_ARMS or arm.removesuffix(COLOUR) in project.comparators):

@@ -19,6 +19,8 @@ from provenance import of_one_piece
 from alignflow_core.config import Task, load_project
 from alignflow_core.pairs import Pairs, write_pairs
 from alignflow_core.stages import artifact_dir
+from pipelines import preview, tracking
+from pipelines.checks import CHECKS
 from pipelines.cli import main
 from pipelines.compose import options as names
 from pipelines.export import mask_values
@@ -150,6 +152,29 @@ def test_run_lists_the_problems_of_all_folders_at_once(phantom_root: Path, tmp_p
     told = capsys.readouterr().err
     assert all(word in told for word in (str(tmp_path / "source"), str(tmp_path / "target"), "align.rhoo"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_target_without_masks_is_told_and_can_be_wanted(phantom_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(phantom_root / "data/target/amber/images", tmp_path / "new" / "images")
+    arguments = run_arguments(phantom_root, tmp_path / "run", target=f"new={tmp_path / 'new'}")
+    assert main(arguments) == 2
+    assert "has no masks/, by which results are measured; add them, or give --unlabelled new" in capsys.readouterr().err
+    assert main([*arguments, "--unlabelled", "nwe"]) == 2
+    assert "--unlabelled nwe: not a target (did you mean 'new'?)" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+    assert main([*arguments, "--unlabelled", "new"]) == 0
+    page = Path(capsys.readouterr().out.removeprefix("report: ").strip()).read_text(encoding="utf-8")
+    assert "No image of new has a label here" in page and "On the source's own test images" in page and "Mean Dice on the held-out" not in page
+    numbers = json.loads((tmp_path / "run" / artifact_dir("evaluate", "new") / "metrics.json").read_text())
+    assert not any("dice_" in name and "source_dice_" not in name for name in numbers) and "source_dice_aligned_plus_filtered" in numbers
+    assert np.isfinite(numbers["kid_aligned"]), "pictures are compared all the same"
+    assert main(["pool", str(tmp_path / "run")]) == 2 and "has no labels, and nothing to pool" in capsys.readouterr().err
+    for stage, key in load_project(tmp_path / "run" / "params.yaml").graph.nodes():
+        for check in CHECKS.get(stage.name, ()):
+            found = check(tmp_path / "run", key)
+            assert found.passed or not check.blocking, (stage.name, check.name, found.metadata)
+        tracking.record(tmp_path / "run", stage.name, key)
+        assert preview.metadata(tmp_path / "run", stage.name, key)
 
 
 def test_run_builds_a_report_then_finds_it_up_to_date_and_exports(phantom_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

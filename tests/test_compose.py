@@ -57,7 +57,7 @@ def test_layout_of_ones_own() -> None:
     layout = merged(LAYOUT, {"domains": {"dim": {"dir": "/d"}}, "targets": {"dim": {"domain": "dim"}}})
     params = compose(["task=refuge", "profile=demo", "targets.there.align.k=1"], layout)
     assert set(params["targets"]) == {"there", "dim"}
-    assert params["domains"] == layout["domains"]
+    assert params["domains"] == {name: domain | {"labelled": True} for name, domain in layout["domains"].items()}
     assert (params["targets"]["there"]["align"]["k"], params["targets"]["dim"]["align"]["k"]) == (1, 2)
 
 

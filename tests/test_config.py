@@ -77,6 +77,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "value of a class that none has": ({"task.kind": "labels", "task.classes": ["liver", "tumour"], "task.values": {0: 0, 9: 1}},
                                        "task.values: no value stands for tumour"),
     "value of no pixel": ({"task.kind": "labels", "task.values": {0: 0, 70000: 1}}, "task.values: no pixel of a mask can be 70000"),
+    "source without labels": ({"domains.a.labelled": False}, "domains.a.labelled: the source is learnt from"),
     "a class twice": ({"task.classes": ["disc", "disc"]}, "task.classes: disc, disc names one twice"),
     "more classes than the kind has": ({"task.classes": ["polyp", "instrument"]},
                                        "task.classes: masks of kind 'binary' have 1, got polyp, instrument"),

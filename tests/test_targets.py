@@ -27,7 +27,7 @@ def test_a_new_hospital_changes_nothing_of_the_others(smoke_root: Path, capsys: 
     assert {name: value for name, value in after["targets"].items() if name != "north"} == before["targets"]
     assert after["targets"]["north"] == before["targets"]["violet"] | {
         "domain": "north", "references": before["targets"]["violet"]["references"] | {"dir": "data/references/north"}}
-    assert after["domains"]["north"] == {"dir": "data/target/north"}
+    assert after["domains"]["north"] == {"dir": "data/target/north", "labelled": True}
     stages = yaml.safe_load((smoke_root / "dvc.yaml").read_text())["stages"]
     assert stages["align"]["foreach"].keys() == {"amber", "violet", "north"}
     assert {name: entry["foreach"]["amber"] for name, entry in stages.items() if "amber" in entry.get("foreach", {})} == {
@@ -49,7 +49,7 @@ def test_another_reference_set_of_the_same_hospital(smoke_root: Path) -> None:
 def test_problems_are_told_at_once_and_nothing_is_written(smoke_root: Path) -> None:
     before = (smoke_root / "params.yaml").read_text()
     for arguments, words in (
-        (("north", "/nowhere/refs"), ["'north': has no labelled images", "/nowhere/refs"]),
+        (("north", "/nowhere/refs"), ["'north': has no images to be measured on", "/nowhere/refs"]),
         (("amber", "4", "amber"), ["'amber': is there already"]),
         (("a b", "4", "amber"), ["'a b': a name is"]),
         (("north", "4", "amberr"), ["did you mean 'amber'"]),
@@ -103,6 +103,21 @@ def test_init_with_reference_folders(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a target too"):
         init(tmp_path / "other", "a", ["a"], None, "binary", [])
     assert not (tmp_path / "other").exists()
+
+
+def test_init_and_add_without_labels(phantom_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "mine"
+    steps = init(root, "a", ["b", "c"], 4, "refuge", ["profile=smoke"], ["c"])
+    assert (root / "data/target/b/masks").is_dir() and not (root / "data/target/c/masks").exists()
+    assert "images, and masks where there is a folder for them, into" in steps[1] and "alignflow check data/target/c --task refuge --unlabelled" in steps
+    assert [domain.labelled for domain in load_project(root / "params.yaml").domains.values()] == [True, True, False]
+    with pytest.raises(InputError, match="--unlabelled d: not a target"):
+        init(tmp_path / "other", "a", ["b"], 4, "refuge", [], ["d"])
+    shutil.copytree(phantom_root / "data/target/amber/images", tmp_path / "new")
+    command = ["target", "add", "new", "--references", "4", "--domain", str(tmp_path / "new"), "--root", str(root)]
+    assert main(command) == 2 and "images: no such folder" in capsys.readouterr().err
+    assert main([*command, "--unlabelled"]) == 0
+    assert not load_project(root / "params.yaml").domains["new"].labelled
 
 
 def test_init_interrupted_anywhere_is_completed_by_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

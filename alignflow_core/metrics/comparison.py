@@ -28,8 +28,10 @@ def compare(values: pd.DataFrame, settings: Evaluate, seed: int) -> pd.DataFrame
 
     Raises:
         InputError: no baseline is among the arms.
+
+    Without values, of targets without labels, there are no rows.
     """
-    if not set(settings.baselines) & set(values["arm"]):
+    if len(values) and not set(settings.baselines) & set(values["arm"]):
         raise InputError(f"evaluate.baselines: none of {', '.join(settings.baselines)} was trained; add one to segment.arms")
     frames = []
     for target, segmenter, metric in _distinct(values, "target", "segmenter", "metric"):
@@ -41,6 +43,8 @@ def compare(values: pd.DataFrame, settings: Evaluate, seed: int) -> pd.DataFrame
         found = _compare_arms(arms, settings, rng).assign(target=target, segmenter=segmenter, metric=metric)
         cases = hashlib.sha256("\n".join(map(str, images.index.get_level_values("case_id"))).encode()).hexdigest()
         frames.append(found.assign(test=cases + found["arm"] + found["test"]))
+    if not frames:
+        return pd.DataFrame({name: pd.Series(dtype=object if name in COLUMNS[:5] else float) for name in COLUMNS})
     table = pd.concat(frames, ignore_index=True)
     for _, family in table.groupby(["segmenter", "metric", "baseline"]):
         once = family.drop_duplicates("test")
