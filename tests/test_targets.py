@@ -109,7 +109,8 @@ def test_init_and_add_without_labels(phantom_root: Path, tmp_path: Path, capsys:
     root = tmp_path / "mine"
     steps = init(root, "a", ["b", "c"], 4, "refuge", ["profile=smoke"], ["c"])
     assert (root / "data/target/b/masks").is_dir() and not (root / "data/target/c/masks").exists()
-    assert "images, and masks where there is a folder for them, into" in steps[1] and "alignflow check data/target/c --task refuge --unlabelled" in steps
+    assert "images, and masks where there is a folder for them, into" in steps[1]
+    assert "alignflow check data/target/c --task refuge --unlabelled" in steps
     assert [domain.labelled for domain in load_project(root / "params.yaml").domains.values()] == [True, True, False]
     with pytest.raises(InputError, match="--unlabelled d: not a target"):
         init(tmp_path / "other", "a", ["b"], 4, "refuge", [], ["d"])
