@@ -527,6 +527,8 @@ class Data:
             split = getattr(self, name)
             if len(split) != 3 or min(split) < 0 or abs(sum(split) - 1) > 1e-6:
                 raise InputError(f"data.{name}: needs three shares of train, val, test that sum to 1, got {list(split)}")
+        if not self.target_split[2]:
+            raise InputError(f"data.target_split: needs a share of test, which results and pictures are compared with; got {list(self.target_split)}")
         if not all(self.source_split[:2]):
             raise InputError(f"data.source_split: needs a share of train and of val, on which models are chosen; got {list(self.source_split)}")
 

@@ -110,6 +110,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "distance of all private references": (PRIVATE | {"targets.b.align.reward": "mmd"}, "align.reward: 'mmd' is of all references together"),
     "privacy of nothing": (PRIVATE | {"targets.b.align.rho": 0}, "align.privacy.epsilon has nothing to protect"),
     "two shares": ({"data.target_split": [0.5, 0.5]}, "data.target_split: must be"),
+    "target without a test": ({"data.target_split": [0.9, 0.1, 0]}, "data.target_split: needs a share of test"),
     "negative share": ({"data.target_split": [1.2, -0.2, 0.0]}, "data.target_split: needs three shares"),
     "nothing to choose by": ({"data.source_split": [0.8, 0.0, 0.2]}, "data.source_split: needs a share of train and of val"),
     "shares of more than all": ({"data.source_split": [0.7, 0.2, 0.2]}, "data.source_split: needs three shares"),

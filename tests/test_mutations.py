@@ -201,6 +201,7 @@ TABLE: dict[str, list[tuple[str, str, str | None, tuple[str, ...]]]] = {
         ("labels of every class", "if unseen:", None, setting("value of a class that none has")),
         ("values of pixels", "if beyond:", None, setting("value of no pixel")),
         ("labels of the source", "elif not self.domains[self.source].labelled:", "elif False:", setting("source without labels")),
+        ("test images of targets", "if not self.target_split[2]:", None, setting("target without a test")),
         ("classes once", "if len(set(self.classes)) < len(self.classes):", None, setting("a class twice")),
         ("classes of a kind", "if self.kind in KIND_CLASSES and", "if False and", setting("more classes than the kind has")),
         ("baselines", "for arm in self.evaluate.baselines if arm not in arms]", "for arm in self.evaluate.baselines if False]",
