@@ -32,6 +32,7 @@ from alignflow_core.pairs import Pairs, read_array, read_pairs
 from alignflow_core.runner import Context
 from alignflow_core.seeding import derive_seed
 
+LIKENESS = ("target", "set", "case_id", "group", "metric", "value")  # columns of paired.parquet
 MAP_SIZE = 200  # images of one set in features.parquet
 MOST = 1024  # images of one set that distances are taken over: time and memory of kernels grow with the square, of eigenvalues with the cube
 
@@ -198,11 +199,8 @@ def _image_distances(data: Measured, target: str, seed: int) -> tuple[pd.DataFra
     return pd.DataFrame(rows, columns=columns), features
 
 
-LIKENESS = ("target", "set", "case_id", "group", "metric", "value")
-
-
 def _likeness(folder: Path, test: Pairs, target: str, config: SimpleNamespace, root: Path) -> pd.DataFrame:
-    """Every painter's images of held-out masks beside the real images of these: target, set, case_id, group, metric, value."""
+    """Every painter's images of held-out masks beside the real images of these: :data:`LIKENESS`, without rows where the target has no labels."""
     ids = pd.read_parquet(folder / "manifest.parquet")["case_id"]
     place = {case: row for row, case in enumerate(test.ids)}
     real = test.select(np.array([place[case] for case in ids], dtype=int))

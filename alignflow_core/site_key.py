@@ -2,7 +2,8 @@
 
 An unkeyed hash of a name can be undone by hashing a list of names; without the key of the site this cannot. The key is one file for all
 projects of a user, outside of every project, so that runs can be compared and no copy of a project carries it. It is made when first
-needed. It decides ids and nothing else: no split, order or number depends on it, and another key makes no artifact stale.
+needed. It decides ids, and the noise of a privacy budget (``reward/private.py``): no split, order or other number depends on it, and another
+key makes no artifact stale.
 """
 
 import hashlib

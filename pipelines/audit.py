@@ -66,16 +66,14 @@ def audit_run(run: Path, target: str, chosen: "np.ndarray | None" = None) -> Ver
     """Audit the pairs of one target of a run that filtering kept, or those of a boolean row mask.
 
     Raises:
-        InputError: an artifact is not built.
+        InputError: an artifact is not built, or the run was changed and not finished.
     """
     import pandas as pd
 
     from alignflow_core.pairs import read_pairs
 
-    _require(run, target, "sample_aligned", "filter")
+    _refuse_unfinished(run, load_project(run / "params.yaml"), target)
     pairs = read_pairs(run / artifact_dir("sample_aligned", target))
-    if problems := mixed(run, load_project(run / "params.yaml"), [target]):
-        raise InputError(*problems)
     if chosen is None:
         chosen = pd.read_parquet(run / artifact_dir("filter", target) / "manifest.parquet")["kept"].to_numpy(dtype=bool)
     kept = pairs.select(chosen)
@@ -90,10 +88,6 @@ def audit_images(run: Path, target: str, images: "np.ndarray", ids: Sequence[str
     project = load_project(run / "params.yaml")
     domains = project.source, project.targets[target].domain
     folders = [run / artifact_dir("data", domain) for domain in domains]
-    _require(run, target, "references", "sample_aligned", "filter")
-    _built(folders)
-    if problems := mixed(run, project, [target]):
-        raise InputError(*problems)
     known = audit.banks(read_pairs(folders[0]), read_pairs(run / artifact_dir("references", target)), read_pairs(folders[1], "test"))
     checks = audit.check(images, known, project.evaluate.copy_quantile)
     banks = {name: {"images": len(known[name].seen), "calibration_images": found.n_calibration, "calibrated": found.calibrated,
@@ -138,6 +132,7 @@ def _audit_files(run: Path, project: Project, target: str, folder: Path) -> Verd
 
     from alignflow_core.readers import SUFFIXES, ReadError, read_image
 
+    _refuse_unfinished(run, project, target)
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
     images, problems = [], [] if files else [f"{folder}: holds no image; give a folder that 'alignflow export' wrote"]
     for file in files:
@@ -150,14 +145,15 @@ def _audit_files(run: Path, project: Project, target: str, folder: Path) -> Verd
     return audit_images(run, target, np.stack(images), [file.stem for file in files])
 
 
-def _require(run: Path, target: str, *stages: str) -> None:
-    _built([run / artifact_dir(stage, target) for stage in stages])
-
-
-def _built(folders: Sequence[Path]) -> None:
+def _refuse_unfinished(run: Path, project: Project, target: str) -> None:
+    """Raise :class:`InputError` unless what an audit reads is built, and of one piece."""
+    folders = [*(run / artifact_dir("data", domain) for domain in (project.source, project.targets[target].domain)),
+               *(run / artifact_dir(stage, target) for stage in ("references", "sample_aligned", "filter"))]
     missing = [folder for folder in folders if not (folder / "manifest.parquet").exists()]
     if missing:
         raise InputError(*(f"{folder}: not built yet; finish the run first" for folder in missing))
+    if problems := mixed(run, project, [target]):
+        raise InputError(*problems)
 
 
 def files_of(root: Path, ids: Sequence[str]) -> dict[str, list[Path]]:

@@ -1,6 +1,8 @@
 """Whether artifacts that lie side by side were made from each other: a run that was stopped may have new ones beside old ones."""
 
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from alignflow_core.artifact import read_json
 from alignflow_core.config import Project
@@ -10,14 +12,16 @@ from pipelines.versions import NodeName
 
 
 def of_one_piece(root: Path, project: Project, node: NodeName) -> bool:
-    """Whether everything upstream of a built artifact lies on disk as it was read."""
-    known: dict[NodeName, bool] = {}
+    """Whether an artifact and everything upstream of it is built, and lies on disk as it was read."""
+    @cache
+    def made(stage: str, key: str | None) -> Any:
+        file = provenance_file(root, stage, key)
+        return read_json(file) if file.exists() else None
 
-    def visit(stage: str, key: str | None) -> bool:
-        if (stage, key) not in known:
-            read = read_json(provenance_file(root, stage, key))["inputs"]
-            known[stage, key] = all(provenance_file(root, *above).exists() and read_json(provenance_file(root, *above))["content"] == read.get(name)
-                                    and visit(*above) for name, above in project.graph.inputs(STAGES[stage], key).items())
-        return known[stage, key]
+    @cache
+    def whole(stage: str, key: str | None) -> bool:
+        own = made(stage, key)
+        return own is not None and all(whole(*above) and made(*above)["content"] == own["inputs"].get(name)
+                                       for name, above in project.graph.inputs(STAGES[stage], key).items())
 
-    return visit(*node)
+    return whole(*node)

@@ -26,10 +26,11 @@ def compare(values: pd.DataFrame, settings: Evaluate, seed: int) -> pd.DataFrame
             arms; what a variant of a target shares with it is one test.
         seed: of the resampling; targets and metrics draw independently, segmenters alike.
 
+    Returns:
+        the columns :data:`COLUMNS`; no rows where there are no values, since no target has labels.
+
     Raises:
         InputError: no baseline is among the arms.
-
-    Without values, of targets without labels, there are no rows.
     """
     if len(values) and not set(settings.baselines) & set(values["arm"]):
         raise InputError(f"evaluate.baselines: none of {', '.join(settings.baselines)} was trained; add one to segment.arms")
