@@ -5,12 +5,12 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignflow_core.config import Task, build_project, load_project, wrong_name
+from alignflow_core.config import Project, Task, build_project, load_project, wrong_name
 from alignflow_core.errors import InputError
 from alignflow_core.stages import artifact_dir, node_id
 from alignflow_core.validation import nearest
@@ -102,10 +102,11 @@ def wrong_task(task: str, overrides: Sequence[str]) -> list[str]:
     return problems + [f"{override}: the task is said twice; give --task alone" for override in overrides if override.startswith("task=")]
 
 
-def prepare_run(folders: Folders, task: str, out: Path, overrides: Sequence[str]) -> None:
+def prepare_run(folders: Folders, task: str, out: Path, overrides: Sequence[str],
+                lacking: Callable[[Project], list[str]] = lambda project: []) -> None:
     """Check every folder and option, then write ``out/params.yaml``; without a profile among the overrides it is ``cpu``.
 
-    Variants that it has already stay.
+    Variants that it has already stay. ``lacking`` says what the caller misses in the settings.
 
     Raises:
         InputError: all problems of all folders, files of moments and options, or other domains or targets there; nothing has been written then.
@@ -121,7 +122,9 @@ def prepare_run(folders: Folders, task: str, out: Path, overrides: Sequence[str]
     settings = [f"task={task}", *([] if any(o.startswith("profile=") for o in overrides) else ["profile=cpu"]), *overrides]
     try:
         layout = _unless_asked_otherwise(folders.layout(), overrides)
-        masks_as = build_project(recompose(out / "params.yaml", settings, layout)).task
+        project = build_project(recompose(out / "params.yaml", settings, layout))
+        problems += lacking(project)
+        masks_as = project.task
     except InputError as error:
         problems += error.problems
         masks_as = task_named(task)

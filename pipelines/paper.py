@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alignflow_core.config import ARMS, read_params
+from alignflow_core.config import ARMS, Project, build_project, read_params
 from alignflow_core.errors import InputError
 from pipelines import local
-from pipelines.compose import compose, merged, rewrite_params, write_params
+from pipelines.compose import merged, recompose, rewrite_params, write_params
 
 # Three draws of every arm as it is, and every arm: a rival with colour augmentation has ours with it beside it.
 SETTINGS = ("comparators=paper", "segment.architectures=[unet,segformer,dpt]", "segment.seeds=1", f"segment.arms=[{','.join(ARMS)}]")
@@ -59,21 +59,25 @@ def build(folders: local.Folders | None, task: str, out: Path, overrides: Sequen
 
 def prepare(folders: local.Folders | None, task: str, root: Path, overrides: Sequence[str], counts: Sequence[int]) -> None:
     """Write ``params.yaml`` of one run with its comparators and rivals, and the built-in data where they are asked for."""
-    settings = [*SETTINGS, *overrides]
-    chosen = [override for override in overrides if override.startswith("segment.arms=")]
-    needed = ["aligned+filtered", *(["stage1"] if counts else [])]
-    missing = [arm for arm in needed if arm not in compose(["task=phantom", *SETTINGS, *chosen])["segment"]["arms"]] if chosen else []
-    if missing:
-        raise InputError(f"segment.arms: the paper's tables compare with {' and '.join(missing)}; add what is missing")
+    def lacking(project: Project) -> list[str]:
+        needed = ["aligned+filtered", *(["stage1"] if counts else [])]
+        missing = [arm for arm in needed if arm not in project.segment.arms]
+        problems = [f"segment.arms: the paper's tables compare with {' and '.join(missing)}; add what is missing"] if missing else []
+        return problems + [f"domains.{target.domain}.labelled: the paper's tables measure on the target's masks; build it with 'alignflow run', "
+                           "or leave it out" for target in project.targets.values() if not project.domains[target.domain].labelled]
+
+    settings, file = [*SETTINGS, *overrides], root / "params.yaml"
     if folders is not None:
-        local.prepare_run(folders, task, root, settings)
+        local.prepare_run(folders, task, root, settings, lacking)
     elif task != "phantom":
         raise InputError(f"--task {task}: needs data; give --source DIR and --target NAME=DIR, or --task phantom for the built-in data")
     else:
         profile = [] if any(override.startswith("profile=") for override in overrides) else ["profile=cpu"]
-        write_params(root / "params.yaml", ["task=phantom", *profile, *settings])
+        composed = ["task=phantom", *profile, *settings]
+        if problems := lacking(build_project(recompose(file, composed))):
+            raise InputError(*problems)
+        write_params(file, composed)
         local.write_builtin_data(root)
-    file = root / "params.yaml"
     params = read_params(file)
     rewrite_params(file, params | {"targets": with_rivals(params["targets"], params["comparators"], counts)}, str(file))
 
