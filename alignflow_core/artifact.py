@@ -120,7 +120,8 @@ def publish(part_dir: Path, out_dir: Path) -> None:
         os.fsync(descriptor)
         os.close(descriptor)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    old = out_dir.with_name(f".{out_dir.name}.old{os.getpid()}")
+    old = out_dir.with_name(f".{out_dir.name}.old")  # one name: what a process killed here left goes with the next
+    shutil.rmtree(old, ignore_errors=True)
     if out_dir.exists():
         out_dir.rename(old)
     part_dir.rename(out_dir)

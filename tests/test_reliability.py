@@ -280,6 +280,24 @@ def test_a_name_lasts_through_a_loss_of_power(writer: str, tmp_path: Path, monke
     assert str(tmp_path.stat().st_ino) in events[len(events) - events[::-1].index("rename"):]
 
 
+def test_what_a_killed_publication_left_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "artifact"
+    publish(unfinished(tmp_path), out)
+
+    def killed(*_: object, **__: object) -> None:
+        raise SystemExit(137)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda folder, **_: killed() if folder.exists() else None)
+        with pytest.raises(SystemExit):
+            publish(unfinished(tmp_path), out)
+    assert [each.name for each in tmp_path.iterdir() if each != out], "the replaced folder is still there"
+    pid = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: pid + 1)
+    publish(unfinished(tmp_path), out)
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_stopped_at_each_step(tmp_path: Path, whole: Path, record_property: Record) -> None:
     equal = 0
     for stop in range(STEPS):
