@@ -106,7 +106,7 @@ def prepare_run(folders: Folders, task: str, out: Path, overrides: Sequence[str]
                 lacking: Callable[[Project], list[str]] = lambda project: []) -> None:
     """Check every folder and option, then write ``out/params.yaml``; without a profile among the overrides it is ``cpu``.
 
-    Variants that it has already stay. ``lacking`` says what the caller misses in the settings.
+    Variants that it has already stay. ``lacking``: problems that only the caller has with the settings, told with all others.
 
     Raises:
         InputError: all problems of all folders, files of moments and options, or other domains or targets there; nothing has been written then.

@@ -58,13 +58,17 @@ def build(folders: local.Folders | None, task: str, out: Path, overrides: Sequen
 
 
 def prepare(folders: local.Folders | None, task: str, root: Path, overrides: Sequence[str], counts: Sequence[int]) -> None:
-    """Write ``params.yaml`` of one run with its comparators and rivals, and the built-in data where they are asked for."""
+    """Write ``params.yaml`` of one run with its comparators and rivals, and the built-in data where they are asked for.
+
+    Raises:
+        InputError: bad folders or settings, arms that the tables need are left out, or a target has no labels; nothing is written then.
+    """
     def lacking(project: Project) -> list[str]:
         needed = ["aligned+filtered", *(["stage1"] if counts else [])]
         missing = [arm for arm in needed if arm not in project.segment.arms]
         problems = [f"segment.arms: the paper's tables compare with {' and '.join(missing)}; add what is missing"] if missing else []
-        return problems + [f"domains.{target.domain}.labelled: the paper's tables measure on the target's masks; build it with 'alignflow run', "
-                           "or leave it out" for target in project.targets.values() if not project.domains[target.domain].labelled]
+        return problems + [f"domains.{name}.labelled: the paper's tables measure on the target's masks; build it by 'alignflow run', or leave it out"
+                           for name in dict.fromkeys(target.domain for target in project.targets.values()) if not project.domains[name].labelled]
 
     settings, file = [*SETTINGS, *overrides], root / "params.yaml"
     if folders is not None:
