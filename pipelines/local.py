@@ -137,7 +137,7 @@ def prepare_run(folders: Folders, task: str, out: Path, overrides: Sequence[str]
             read_moments(file)
         except InputError as error:
             problems += error.problems
-    problems += [f"--target {name}={folder}: has no masks/, by which results are measured; add them, or give --unlabelled {name} and go without"
+    problems += [f"--target {name}={folder}: has no masks/, by which results are measured; add them, or take 'alignflow run --unlabelled {name}'"
                  for name, folder in folders.targets.items() if name in without]
     checked = {folders.source: True} | {folder: name not in folders.unlabelled for name, folder in folders.targets.items() if name not in without}
     for folder, labelled in (checked | dict.fromkeys(references, False)).items():

@@ -158,7 +158,7 @@ def test_a_target_without_masks_is_told_and_can_be_wanted(phantom_root: Path, tm
     shutil.copytree(phantom_root / "data/target/amber/images", tmp_path / "new" / "images")
     arguments = run_arguments(phantom_root, tmp_path / "run", target=f"new={tmp_path / 'new'}")
     assert main(arguments) == 2
-    assert "has no masks/, by which results are measured; add them, or give --unlabelled new" in capsys.readouterr().err
+    assert "has no masks/, by which results are measured; add them, or take 'alignflow run --unlabelled new'" in capsys.readouterr().err
     assert main([*arguments, "--unlabelled", "nwe"]) == 2
     assert "--unlabelled nwe: not a target (did you mean 'new'?)" in capsys.readouterr().err and not (tmp_path / "run").exists()
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from alignflow_core import paper
 from alignflow_core.config import ARMS, Align, Evaluate, Training, load_project
@@ -117,6 +118,23 @@ def test_the_same_command_again_keeps_rivals_and_variants(tmp_path: Path) -> Non
 ])
 def test_wrong_use_is_told(arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["paper", *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("masks", "option", "words"), [
+    (False, [], "target: has no masks/, by which results are measured; add them, or take 'alignflow run --unlabelled t'"),
+    (True, ["domains.t.labelled=false"], "domains.t.labelled: the paper's tables measure on"),
+], ids=["no masks", "said to have none"])
+def test_targets_of_folders_need_labels(masks: bool, option: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(6):
+        picture, mask = np.full((32, 32, 3), 40 * number, np.uint8), np.zeros((32, 32), np.uint8)
+        mask[8:20, 8:20] = 255
+        for part in ("source/images", "source/masks", "target/images", *(["target/masks"] if masks else [])):
+            (tmp_path / part).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask if part.endswith("masks") else picture).save(tmp_path / part / f"a{number}.png")
+    folders = ["--source", str(tmp_path / "source"), "--target", f"t={tmp_path / 'target'}", "--references", "3"]
+    assert main(["paper", "--task", "binary", *folders, "--out", str(tmp_path / "out"), *option]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
