@@ -7,6 +7,8 @@ import pandas as pd
 
 from alignflow_core.figures import FILL, STYLE, as_svg, colour_of, plt
 
+WITHOUT_REFERENCES = ("source", "stage1")
+
 
 def coloured(mask: np.ndarray) -> np.ndarray:
     """Class numbers uint8 [H, W] in flat colours, uint8 [H, W, 3]."""
@@ -38,7 +40,7 @@ def picture_grid(rows: list[tuple[str, dict[str, np.ndarray]]]) -> str:
 
 
 def reference_curve(table: pd.DataFrame) -> str:
-    """Dice against the number of references, one panel per target, with intervals; arms that see no references are lines.
+    """Dice against the number of references, one panel per target, with intervals; arms that see no references are lines in bands.
 
     Args:
         table: target, n_references, arm, mean, ci_low, ci_high.
@@ -48,15 +50,21 @@ def reference_curve(table: pd.DataFrame) -> str:
         figure, axes = plt.subplots(1, len(targets), figsize=(3.6 * len(targets), 2.9), squeeze=False)
         for axis, target in zip(axes[0], targets, strict=True):
             own = table[table["target"] == target]
+            curves = [arm for arm in dict.fromkeys(own["arm"]) if arm not in WITHOUT_REFERENCES]
             for arm in dict.fromkeys(own["arm"]):
-                part = own[own["arm"] == arm].sort_values("n_references")
-                below, above = part["mean"] - part["ci_low"], part["ci_high"] - part["mean"]
-                axis.errorbar(part["n_references"], part["mean"], (below, above), color=colour_of(arm), fmt="o-", ms=4, lw=1.4, capsize=2, label=arm)
+                part, colour = own[own["arm"] == arm].sort_values("n_references"), colour_of(arm)
+                if arm in curves:  # side by side, or one interval would hide another
+                    at = part["n_references"] * 1.08 ** (curves.index(arm) - (len(curves) - 1) / 2)
+                    reach = (part["mean"] - part["ci_low"], part["ci_high"] - part["mean"])
+                    axis.errorbar(at, part["mean"], reach, color=colour, fmt="o-", ms=4, lw=1.4, capsize=2, label=arm)
+                else:
+                    axis.axhline(part["mean"].iloc[0], color=colour, lw=1.4, ls="--", label=arm)
+                    axis.axhspan(part["ci_low"].iloc[0], part["ci_high"].iloc[0], color=colour, alpha=0.12, lw=0)
             counts = sorted(set(own["n_references"]))
             axis.set(title=target, xscale="log", xticks=counts, xticklabels=counts, xlabel="references", ylabel="Dice")
             axis.minorticks_off()
-        axes[0, 0].legend(fontsize=7)
-        figure.tight_layout()
+        figure.tight_layout(rect=(0, 0.14, 1, 1))
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=2 * len(targets), fontsize=7)
         return as_svg(figure)
 
 
