@@ -227,7 +227,7 @@ def reference_counts(runs: Runs) -> pd.DataFrame:
         for count, variant in {**counts, **({n_references(runs, target): target} if counts else {})}.items():
             values = runs.read(variant, "metrics.parquet")
             values = values[(values["metric"] == "dice") & (values["segmenter"] == values["segmenter"].iloc[0])]
-            arms = [arm for arm in ("source", "stage1", OURS, OURS + COLOUR) if arm in set(values["arm"])]
+            arms = [arm for arm in (*paper_figures.WITHOUT_REFERENCES, OURS, OURS + COLOUR) if arm in set(values["arm"])]
             settings: Any = dataclasses.replace(runs.project.evaluate, baselines=("stage1",))
             table = compare(values[values["arm"].isin(arms)], settings, runs.project.seed)
             frames.append(table.assign(target=target, n_references=count)[["target", "n_references", "arm", "mean", "ci_low", "ci_high",
