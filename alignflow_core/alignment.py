@@ -170,9 +170,9 @@ class Alignment:
     def _looks(self, done: int, first: int, steps: int) -> bool:
         """Whether to look after ``done`` steps of a round: its last, the last before the reward, and evenly in time between.
 
-        Steps before the reward are short, and of their looks only the last counts.
+        Steps without the reward are short; of the looks before it only the last counts.
         """
-        before = first + done < self.settings.rewardless_steps
+        before = not self.settings.rho or first + done < self.settings.rewardless_steps
         pause = self.settings.check_every * (REWARD_COST if before else 1)
         return done == steps or first + done == self.settings.rewardless_steps or done % pause == 0
 
@@ -261,7 +261,7 @@ class Alignment:
         with autocast(self.config.machine, self.device):
             done: Rewarded = SCHEMES[settings.gradient](self._as_painted(self.painter), x0, self.cond[rows], self.times, reward, settings.k,
                                                         draw, weight)
-        return {"reward": done.reward}, kept
+        return {"batch_reward": done.reward}, kept
 
     def _balance(self, known: Known) -> float:
         """lambda = rho * mean |g_fm| / mean |g_r| over a few batches of the base model."""

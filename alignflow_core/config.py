@@ -359,7 +359,7 @@ class Align:
         recolour_steps: with ``recolour``, steps of the denoising loss alone before the ``training.steps`` in which the reward takes part;
             without (moments, a privacy budget), a fifth as many more of the latter, which take as long.
         denoise: data of the denoising loss: ``source`` (default), ``references`` (without masks) or ``none`` (the reward alone).
-        gradient: ``sparse`` (default), ``last_k``, ``one_step`` or ``full``; ``k`` network calls carry gradient.
+        gradient: ``sparse`` (default), ``last_k``, ``random_k``, ``one_step`` or ``full``; with the first two ``k`` network calls carry gradient.
         n_steps: solver steps of the rollout.
         adapter: ``all`` weights or ``lora`` of rank ``lora_rank``.
         rho: ratio of the reward gradient's norm to the denoising gradient's, fixed at step 0; 0 leaves the reward out.
@@ -402,7 +402,7 @@ class Align:
         one_of("align.reward", self.reward, DISTANCES)
         one_of("align.encoder", self.encoder, ENCODERS)
         one_of("align.regions", self.regions, ("none", "pseudo", "labels"))
-        one_of("align.gradient", self.gradient, ("sparse", "last_k", "one_step", "full"))
+        one_of("align.gradient", self.gradient, ("sparse", "last_k", "random_k", "one_step", "full"))
         one_of("align.denoise", self.denoise, ("source", "references", "none"))
         one_of("align.adapter", self.adapter, ("all", "lora"))
         between("align.region_share", self.region_share, 0.0, 1.0)
@@ -712,6 +712,7 @@ class Project:
         problems += [f"comparators.{name}: is the name of an arm; choose another" for name in self.comparators if name in ARMS]
         arms = (*ARMS, *self.comparators, *(name + COLOUR for name in self.comparators))
         problems += [f"evaluate.baselines: unknown arm '{arm}'{nearest(arm, arms)}" for arm in self.evaluate.baselines if arm not in arms]
+        problems += self._odd_sides()
         if self.filter.match_areas:
             problems += [f"filter.match_areas: needs the reference images of every target, targets.{name}.references.file holds moments alone; "
                          "set filter.match_areas=false" for name, target in self.targets.items() if target.references.file is not None]
@@ -719,6 +720,19 @@ class Project:
             problems.append("targets: none given; name at least one target domain")
         if problems:
             raise InputError(*problems)
+
+    def _odd_sides(self) -> list[str]:
+        """Sides that a U-Net cannot halve at each of its levels and double again."""
+        sides: dict[str, tuple[str, int, typing.Sequence[int]]] = {
+            "image_flow.network": ("data.size", self.data.size, self.image_flow.network.channels),
+            "mask_flow.network": ("mask_flow.size", min(self.mask_flow.size, self.data.size), self.mask_flow.network.channels)}
+        for name, used, architectures in (("labeller.network", self.labeller.network, ()),
+                                          ("segment.network", self.segment.network, self.segment.architectures)):
+            if "unet" in (used.architecture, *architectures):
+                sides[name] = ("data.size", self.data.size, used.channels)
+        return [f"{setting}: {side} is not a multiple of {step}, and {network} halves it {len(channels) - 1} times; "
+                f"give a multiple, such as {max(step, side // step * step)}"
+                for network, (setting, side, channels) in sides.items() if side % (step := 2 ** (len(channels) - 1))]
 
     @cached_property
     def graph(self) -> Graph:

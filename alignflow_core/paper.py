@@ -15,7 +15,7 @@ import pandas as pd
 
 from alignflow_core import figures, paper_figures
 from alignflow_core.artifact import read_json
-from alignflow_core.config import COLOUR, Project, in_order, load_project
+from alignflow_core.config import COLOUR, Align, Project, in_order, load_project
 from alignflow_core.errors import InputError
 from alignflow_core.metrics.comparison import compare
 from alignflow_core.metrics.statistics import bca_intervals, bootstrap_means, group_means
@@ -29,6 +29,7 @@ COUNT = "count"  # variants of other numbers of references are named TARGET-coun
 MEAN, MEAN_SEGMENTER = "mean of targets", "mean of segmenters"
 STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
 GRID_ROWS = 2
+COUNTED_GRADIENTS = ("sparse", "last_k")  # those of ``align.k`` network calls
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,8 @@ def reference_counts(runs: Runs) -> pd.DataFrame:
     """Dice of ours against the number of references: one row per target and number, with interval; empty without such variants."""
     frames = []
     for target, counts in runs.counts.items():
-        for count, variant in {**counts, **({n_references(runs, target): target} if counts else {})}.items():
+        # a set of one's own of the same number gives way to the one drawn as the others are
+        for count, variant in ({n_references(runs, target): target} | counts if counts else {}).items():
             values = runs.read(variant, "metrics.parquet")
             values = values[(values["metric"] == "dice") & (values["segmenter"] == values["segmenter"].iloc[0])]
             arms = [arm for arm in (*paper_figures.WITHOUT_REFERENCES, OURS, OURS + COLOUR) if arm in set(values["arm"])]
@@ -299,12 +301,19 @@ def alignment_terms(runs: Runs) -> pd.DataFrame:
             settings = runs.project.targets[name].align
             steps = int(read_json(root / artifact_dir("align", name) / "metrics.json")["steps"])
             rows.append((target, method, runs.project.targets[name].painter or "stage1", settings.reward if settings.rho else "none",
-                         f"{settings.gradient}, {settings.k} of {settings.n_steps}" if settings.rho else "none", settings.denoise,
+                         _gradient(settings), settings.denoise,
                          "all" if settings.adapter == "all" else f"{settings.adapter} of rank {settings.lora_rank}", settings.regions,
                          settings.rounds if settings.regions == "pseudo" else 1, settings.rewardless_steps, settings.rewarded_steps, steps,
                          _hours(root, "align", name)))
     return pd.DataFrame(rows, columns=["target", "method", "painter", "reward", "gradient", "denoising loss on", "weights", "regions", "rounds",
                                        "steps before the reward", "steps after that", "steps done", "hours"])
+
+
+def _gradient(settings: Align) -> str:
+    """How the reward's gradient reaches the weights, in words."""
+    if not settings.rho:
+        return "none"
+    return settings.gradient + (f", {settings.k} of {settings.n_steps}" if settings.gradient in COUNTED_GRADIENTS else f", {settings.n_steps} steps")
 
 
 def _hours(root: Path, stage: str, key: str | None) -> float:

@@ -48,7 +48,8 @@ ACCELERATORS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))  # NVIDIA's and AMD's 
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # of CUDA, and of torch's allocator on a CPU
 MEMORY_SETTINGS = {  # file of a stage -> what takes its memory
-    "mask_flow": "mask_flow.training.batch", "image_flow": "image_flow.training.batch", "comparator": "image_flow.training.batch",
+    "mask_flow": "mask_flow.training.batch", "image_flow": "image_flow.training.batch",
+    "comparator": "image_flow.training.batch", "comparator_base": "image_flow.training.batch",
     "labeller": "labeller.training.batch", "align": "align.training.batch", "sample": "sample.batch", "segment": "segment.training.batch",
     "filtering": "segment.training.batch",
 }

@@ -40,7 +40,7 @@ class Stage:
         raw: dotted keys of params.yaml that name a raw folder read by the stage, or where the last word is ``file`` a raw file (may be
             null there; at most one of a stage's is not).
         chosen: dotted key of params.yaml -> the registry that turns its value into ``module:object``; the stage depends on the
-            file of that module alone, not on the other choices.
+            file of that module, not on those of the other choices, and on whatever any of them imports.
         gpu: wants the accelerator when there is one.
         group: heading in the Dagster asset graph.
         description: one sentence for people.
@@ -87,7 +87,7 @@ STAGES: dict[str, Stage] = {
         Stage("segment_stage1", "stage1_segmenters", "project", "segment:run_stage1", ("data:source", "sample_stage1"),
               ("seed", "machine", "task", "segment"), (), True, "5_downstream",
               "Segmenters trained on source pairs and stage 1's, without and with strong colour augmentation."),
-        Stage("comparator_base", "comparator_base_checkpoint", "base", "comparator:run_base", ("data:source",),
+        Stage("comparator_base", "comparator_base_checkpoint", "base", "comparator_base:run", ("data:source",),
               ("seed", "machine", "task", "image_flow", "comparator_base"), (), True, "2_stage_one",
               "Unconditional painter of one generative process, which comparators freeze and add to."),
         Stage("comparator", "comparator_checkpoint", "comparator", "comparator:run", ("data:source", "comparator_base:own"),
@@ -223,15 +223,28 @@ def artifact_dir(stage: str, key: str | None) -> Path:
 def source_files(stage_name: str) -> tuple[str, ...]:
     """Files of the package whose change can change the stage's result, relative to the package.
 
-    Follows imports from the stage's own module, leaving out :data:`PLUMBING`. What a target chooses by name comes on top.
+    Follows imports from the stage's own module and from all that ``chosen`` could name, leaving out :data:`PLUMBING`. The file that is
+    chosen comes on top.
     """
+    stage = STAGES[stage_name]
+    choices = {entry.partition(":")[0] for registry in stage.chosen.values() for entry in registry.values()}
+    return tuple(sorted(_reached(stage.function.partition(":")[0]).union(*(_reached(module) - {_file(module)} for module in choices))))
+
+
+def _file(module: str) -> str:
+    """``reward.statconv`` -> ``reward/statconv.py``, or of a package its ``__init__.py``."""
+    path = module.replace(".", "/")
+    return f"{path}.py" if (PACKAGE_DIR / f"{path}.py").exists() else f"{path}/__init__.py"
+
+
+@cache
+def _reached(first: str) -> frozenset[str]:
+    """Files that a module is made of: its own and those it imports, relative to the package."""
     found: set[str] = set()
 
     def visit(module: str) -> None:
-        path = PACKAGE_DIR / (module.replace(".", "/") + ".py")
-        if not path.exists():
-            path = PACKAGE_DIR / module.replace(".", "/") / "__init__.py"
-        name = path.relative_to(PACKAGE_DIR).as_posix()
+        name = _file(module)
+        path = PACKAGE_DIR / name
         if name in found or module in PLUMBING or not path.exists():
             return
         found.add(name)
@@ -251,5 +264,5 @@ def source_files(stage_name: str) -> tuple[str, ...]:
                                       or (PACKAGE_DIR / inner.replace(".", "/")).is_dir()):
                     visit(inner)
 
-    visit(STAGES[stage_name].function.partition(":")[0])
-    return tuple(sorted(found))
+    visit(first)
+    return frozenset(found)

@@ -18,8 +18,8 @@ SETTINGS = ("comparators=paper", "segment.architectures=[unet,segformer,dpt]", "
 RIVAL_ARMS = ["aligned+filtered", "aligned+filtered+colour"]
 PLAIN = {"regions": "none", "recolour": False, "rounds": 1}  # without what is ours
 RIVALS: dict[str, dict[str, Any]] = {
-    # AlignProp (arXiv 2310.03739): the reward alone, through the last steps, into low-rank adapters.
-    "alignprop": {"align": PLAIN | {"gradient": "last_k", "k": 2, "adapter": "lora", "lora_rank": 8, "denoise": "none"}},
+    # AlignProp (arXiv 2310.03739): the reward alone, through steps truncated at random, into low-rank adapters.
+    "alignprop": {"align": PLAIN | {"gradient": "random_k", "adapter": "lora", "lora_rank": 8, "denoise": "none"}},
     # ReFL (arXiv 2304.05977): the reward of a one-step estimate beside the pre-training loss.
     "refl": {"align": PLAIN | {"gradient": "one_step"}},
     # arXiv 2604.02868 read literally: softmax-mean SKL, the gradient of the last step.

@@ -37,6 +37,9 @@ NETWORK = Network(channels=(8, 16), attention=(False, True), head_channels=8)
 COND = 3
 
 
+DECODER = ("unet.up_blocks.", "unet.out.")
+
+
 def draw(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -99,7 +102,9 @@ def test_a_frozen_base_stays_byte_equal_and_the_addition_learns(conditioner: str
     before = {name: value.clone() for name, value in painter.state_dict().items()}
     after = trained(painter).state_dict()
     for name, value in base.state_dict().items():
-        assert value.numpy().tobytes() == after[name].numpy().tobytes()
+        learns = conditioner == "dense_controlnet" and name.startswith(DECODER)  # Siamese-Diffusion's public code: sd_locked = False
+        assert learns or value.numpy().tobytes() == after[name].numpy().tobytes()
+    assert any(not torch.equal(value, after[name]) for name, value in base.state_dict().items()) == (conditioner == "dense_controlnet")
     own = [name for name in before if name not in base.state_dict()]
     assert any(not torch.equal(before[name], after[name]) for name in own)
 
@@ -136,6 +141,8 @@ class Branches:
     def controlled(self, x_t: Tensor, t: Tensor, residuals: list[Tensor]) -> Tensor:
         return self.outputs.pop(0)
 
+    held = controlled
+
 
 def test_siamese_noise_consistency_pulls_the_mask_branch_alone() -> None:
     """arXiv 2505.06068: the gradient of |e_m - sg(e_i)|^2 is zero in the image branch, which feels its own error only."""
@@ -158,6 +165,10 @@ def test_siamese_image_branch_gets_the_masks_residuals_without_gradient_and_the_
     late = siamese.branches(painter, x_t, t, x_t, cond, done=1.0)
     assert not torch.allclose(late[0], late[1])
     gradients = torch.autograd.grad(early[1].sum(), [*painter.control.parameters()], allow_unused=True)
+    decoder = [p for name, p in painter.named_parameters() if name.startswith(DECODER)]
+    assert all(g is not None for g in torch.autograd.grad(late[0].sum(), decoder, retain_graph=True))
+    by_image = torch.autograd.grad(late[1].sum(), decoder, retain_graph=True, allow_unused=True)
+    assert all(g is None for g in by_image), "the decoder is the mask branch's"
     assert all(g is None or not g.any() for g in gradients), "with weight 0 nothing but the mask's residuals is left, and they carry no gradient"
 
 
@@ -341,7 +352,8 @@ def equal_terms(built: Path) -> None:
     for name in ("t2i-adapter", "controlnet-diffusion", "siamese-diffusion"):
         weights, config = load_network(built / f"artifacts/comparator/{name}")
         assert config["process"] == "diffusion"
-        assert all(torch.equal(weights[key], value) for key, value in base.items())
+        learnt = DECODER if name == "siamese-diffusion" else ()
+        assert all(torch.equal(weights[key], value) for key, value in base.items() if not key.startswith(learnt))
 
 
 def stage_two_on_a_comparator_starts_from_its_painter(built: Path) -> None:

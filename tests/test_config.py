@@ -109,6 +109,9 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "an encoder of private references": (PRIVATE | {"targets.b.align.encoder": "ssl"}, "align.encoder: 'ssl' is trained on the references"),
     "distance of all private references": (PRIVATE | {"targets.b.align.reward": "mmd"}, "align.reward: 'mmd' is of all references together"),
     "privacy of nothing": (PRIVATE | {"targets.b.align.rho": 0}, "align.privacy.epsilon has nothing to protect"),
+    "a side that U-Nets cannot halve": ({"data.size": 28}, "data.size: 28 is not a multiple of 8, and segment.network halves it 3 times; "
+                                        "give a multiple, such as 24"),
+    "a side of masks that cannot be halved": ({"mask_flow.size": 30}, "mask_flow.size: 30 is not a multiple of"),
     "two shares": ({"data.target_split": [0.5, 0.5]}, "data.target_split: must be"),
     "target without a test": ({"data.target_split": [0.9, 0.1, 0]}, "data.target_split: needs a share of test"),
     "negative share": ({"data.target_split": [1.2, -0.2, 0.0]}, "data.target_split: needs three shares"),

@@ -31,6 +31,8 @@ def test_false_flag_rate_of_fresh_real_images():
         assert check.false_flag_rate == pytest.approx(0.1)
         rates.append(check.flagged.mean())
     assert np.mean(rates) < 0.2
+    check = copy_check(textures(4, 1), textures(20, 2), textures(39, 3), np.arange(39), 1.0)
+    assert check.threshold > 0, "the quantile of all is the largest"
 
 
 def test_frames_of_one_sequence_do_not_calibrate_each_other():

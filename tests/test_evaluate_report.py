@@ -393,6 +393,9 @@ def test_what_variants_share_with_their_base_is_one_test():
 def test_compare_without_any_baseline_says_so():
     with pytest.raises(InputError, match=r"evaluate\.baselines"):
         comparison.compare(long_table({"aligned": np.ones(8)}), Evaluate(), 0)
+    other = long_table({"aligned": np.ones(8)}).assign(target="poor")
+    with pytest.raises(InputError, match="none of source, stage1 was trained for poor; name one that was, such as aligned"):
+        comparison.compare(pd.concat([long_table({"source": np.ones(8), "aligned": np.ones(8)}), other]), Evaluate(), 0)
 
 
 def test_report_is_one_self_contained_page(project: Path, compared: Path):

@@ -99,6 +99,15 @@ def test_a_stage_depends_on_its_own_target_only(dvc_stages: dict[str, dict[str, 
     assert {f"alignflow_core/{name}" for name in source_files("align")} <= dvc_stages["align@amber"]["deps"]
 
 
+def test_what_a_choice_imports_is_code_of_the_stage_and_other_choices_are_not() -> None:
+    """A base trained by one noise schedule does not serve comparators of another: both depend on the schedule's file."""
+    comparator, base = set(source_files("comparator")), set(source_files("comparator_base"))
+    assert {"painters/process.py", "painters/residual.py", "flow/coupling.py"} <= comparator
+    assert not {"painters/diffusion.py", "painters/controlnet.py", "painters/siamese.py"} & comparator, "the file that is chosen comes on top"
+    assert {"painters/diffusion.py", "painters/flow.py", "painters/denoise.py", "painters/concat.py", "flow/coupling.py"} <= base
+    assert "painters/concat.py" in source_files("image_flow")
+
+
 def test_raw_folders(dvc_stages: dict[str, dict[str, set[str]]]) -> None:
     assert "data/amber" in dvc_stages["data@amber"]["deps"]
     assert "data/references/amber" in dvc_stages["references@amber-skl"]["deps"]

@@ -253,6 +253,15 @@ def test_patience_begins_with_the_reward(built: dict[str, Path], tmp_path: Path)
     assert metrics["held_out_before"] == pytest.approx(gates["held_out_reward"][0]) == metrics["held_out_after"]
 
 
+def test_without_a_reward_looks_are_as_far_apart_in_time_as_with_one(built: dict[str, Path], tmp_path: Path) -> None:
+    """Five steps of denoising take as long as one with the reward: patience must not end such a round after a fifth of its time."""
+    short = dataclasses.replace(CONFIG.align.training, steps=12)
+    settings = dataclasses.replace(CONFIG.align, training=short, check_every=1, check_samples=4, rounds=1, regions="none", recolour=False,
+                                   recolour_steps=0, rho=0.0, denoise="references", gates=Gates(hold=False))
+    build(align.run, SimpleNamespace(**{**vars(CONFIG), "align": settings}), built, tmp_path / "out")
+    assert pd.read_parquet(tmp_path / "out" / "gates.parquet")["step"].tolist() == [0, 5, 10, 12]
+
+
 def test_a_look_that_lost_its_place_leaves_the_weights_of_the_start(built: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first look before the reward is the best until the second, the last before it, takes its place and is worse than the start."""
     rewards = iter([-1.0, -0.9, -1.05, -2.0, -2.0])

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from alignflow_core import paper
+from alignflow_core.artifact import write_json
 from alignflow_core.config import ARMS, Align, Evaluate, Training, load_project
-from alignflow_core.paper import MEAN, MEAN_SEGMENTER, downstream, downstream_page, mean_of_targets, wide
+from alignflow_core.paper import MEAN, MEAN_SEGMENTER, downstream, downstream_page, mean_of_targets, reference_counts, wide
 from pipelines.ablate import write_variants
 from pipelines.cli import main
 from pipelines.compose import options
@@ -89,6 +90,23 @@ def test_rivals_are_variants_and_counts_belong_to_the_first_target() -> None:
     assert again == {"a-count5"}, "others of an earlier call are taken back"
     steps = {word: Align(**(found[f"b-{word}"]["align"] | {"training": short})).rewarded_steps for word in RIVALS}
     assert steps == {"alignprop": 60, "refl": 60, "skl-last-step": 60, "finetuned": 140, "controlnet-flow-aligned": 40}, "the time of ours"
+
+
+def test_the_curve_shows_the_drawn_set_where_a_given_one_is_as_large(tmp_path: Path) -> None:
+    """Its points are sets that were drawn alike; the base's own number stands beside them where no drawn set has it."""
+    (tmp_path / "artifacts/references/t").mkdir(parents=True)
+    write_json(tmp_path / "artifacts/references/t/metrics.json", {"n_references": 5})
+    read: list[str] = []
+
+    def values(variant: str, file: str) -> pd.DataFrame:
+        read.append(variant)
+        return long_table({variant: {"stage1": 0.5, "aligned+filtered": 0.6}}, 8).assign(metric="dice")
+
+    project = SimpleNamespace(evaluate=Evaluate(bootstrap=50), seed=0)
+    for counts, variants in (({1: "t-count1", 5: "t-count5"}, {"t-count1", "t-count5"}), ({1: "t-count1"}, {"t-count1", "t"})):
+        read.clear()
+        found = reference_counts(SimpleNamespace(counts={"t": counts}, roots=[tmp_path], read=values, project=project))  # type: ignore[arg-type]
+        assert set(read) == variants and set(found["n_references"]) == {1, 5}
 
 
 def test_every_arm_is_built_in_every_profile_unless_others_are_asked_for(tmp_path: Path) -> None:

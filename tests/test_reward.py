@@ -16,7 +16,7 @@ from alignflow_core.reward import distances, registry
 from alignflow_core.reward.distances import frechet, skl
 from alignflow_core.reward.encoders import Encoder, Material
 from alignflow_core.reward.gates import Probe, closeness, failures
-from alignflow_core.reward.gradient import full, last_k, sparse
+from alignflow_core.reward.gradient import full, last_k, random_k, sparse
 from alignflow_core.reward.moments import Reference, describe
 from alignflow_core.reward.objective import Objective, steadied
 from alignflow_core.seeding import generator
@@ -50,7 +50,7 @@ def problem() -> tuple[TinyVelocity, torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_last_k_is_back_propagation_through_the_last_k_steps(problem) -> None:
-    """AlignProp (arXiv 2310.03739): what was sampled before them is a constant."""
+    """DRaFT-K (arXiv 2309.17400): what was sampled before them is a constant."""
     model, x0, cond, times = problem
     with torch.no_grad():
         begun = euler(model, x0, cond, times[:5])
@@ -59,6 +59,28 @@ def test_last_k_is_back_propagation_through_the_last_k_steps(problem) -> None:
     model.zero_grad()
     last_k(model, x0, cond, times, reward, 2, generator(0), 2.0)
     assert torch.allclose(grads(model), expected)
+
+
+def test_random_k_cuts_network_calls_and_never_the_path(problem) -> None:
+    """AlignProp (arXiv 2310.03739): call i is detached where its own draw from 0 to N is above i, the last one never; the value is the sample's."""
+    model, x0, cond, times = problem
+    seen = set()
+    for seed in range(20):
+        cuts = torch.randint(7, (6,), generator=generator(seed)).tolist()
+        kept = tuple(i >= cut or i == 5 for i, cut in enumerate(cuts))
+        x = x0
+        for i, keep in enumerate(kept):
+            velocity = model(x, times[i].expand(6), cond)
+            x = x + (times[i + 1] - times[i]) * (velocity if keep else velocity.detach())
+        value = reward(x)
+        (-2.0 * value).backward()
+        expected = grads(model)
+        model.zero_grad()
+        done = random_k(model, x0, cond, times, reward, 1, generator(seed), 2.0)
+        assert done.reward == pytest.approx(value.item()) and torch.allclose(grads(model), expected)
+        model.zero_grad()
+        seen.add(kept)
+    assert len(seen) > 5
 
 
 @pytest.mark.parametrize(("scheme", "k"), [(last_k, 6), (full, 1)])

@@ -30,10 +30,12 @@ def compare(values: pd.DataFrame, settings: Evaluate, seed: int) -> pd.DataFrame
         the columns :data:`COLUMNS`; no rows where there are no values, since no target has labels.
 
     Raises:
-        InputError: no baseline is among the arms.
+        InputError: a target has no baseline among its arms.
     """
-    if len(values) and not set(settings.baselines) & set(values["arm"]):
-        raise InputError(f"evaluate.baselines: none of {', '.join(settings.baselines)} was trained; add one to segment.arms")
+    trained = {str(target): set(part["arm"]) for target, part in values.groupby("target", sort=False)}
+    if without := [target for target, arms in trained.items() if not arms & set(settings.baselines)]:
+        raise InputError(f"evaluate.baselines: none of {', '.join(settings.baselines)} was trained for {', '.join(without)}; "
+                         f"name one that was, such as {next(iter(in_order(trained[without[0]])))}, or add one to segment.arms")
     frames = []
     for target, segmenter, metric in _distinct(values, "target", "segmenter", "metric"):
         part = values[(values["target"] == target) & (values["segmenter"] == segmenter) & (values["metric"] == metric)]

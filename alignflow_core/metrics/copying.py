@@ -106,7 +106,7 @@ def copy_check(queries: np.ndarray, bank: np.ndarray, held_out: np.ndarray, grou
     real = unlikeness(unseen, known).min(1) / among.min(1)
     twice = real < _below_median(real, TWICE)
     calibration = np.sort(real[~twice])
-    rank = max(1, int(quantile * (len(calibration) + 1)))
+    rank = min(len(calibration), max(1, int(quantile * (len(calibration) + 1))))
     threshold = min(float(calibration[rank - 1]), _below_median(real, TAIL))
     return CopyCheck(nearest, distance, ratio, threshold, ratio < threshold, rank, len(calibration), int(twice.sum()))
 

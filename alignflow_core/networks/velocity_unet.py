@@ -9,7 +9,7 @@ loss on source pairs holds the shared weights without pulling the target's colou
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from alignflow_core.config import Network
 from alignflow_core.flow.path import VelocityModel
 from alignflow_core.painters.registry import CONDITIONERS
 from alignflow_core.registry import load as load_registered
+
+if TYPE_CHECKING:  # the conditioner of whoever names none: so that they depend on its file (``stages.source_files`` follows imports)
+    from alignflow_core.painters import concat  # noqa: F401
 
 SOURCE, TARGET = 0, 1
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from alignflow_core.config import Network
 from alignflow_core.networks.velocity_unet import SOURCE, VelocityUNet
+from alignflow_core.painters.residual import ResidualBlock
 
 HINT_CHANNELS = 16
 
@@ -89,21 +91,6 @@ class DenseHint(nn.Module):
         return zero
 
 
-class ResidualBlock(nn.Module):
-    """Two convolutions beside a shortcut."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, in_channels, H, W] -> [B, out_channels, H, W]."""
-        silu = nn.functional.silu
-        found: Tensor = silu(self.second(silu(self.first(x))) + self.shortcut(x))
-        return found
-
-
 class DenseControlNetPainter(ControlNetPainter):
     """ControlNet with a dense hint, which takes a mask or an image: their channels side by side, the absent ones zero."""
 
@@ -111,9 +98,23 @@ class DenseControlNetPainter(ControlNetPainter):
         super().__init__(channels, cond_channels + channels, network, DenseHint)
         self.cond_channels, self.image_channels = cond_channels, channels
 
+    def adopt_base(self, weights: dict[str, Tensor]) -> None:
+        """As a ControlNet, but the base's decoder is trained further, as Siamese-Diffusion's public code does (``sd_locked = False``)."""
+        super().adopt_base(weights)
+        for part in (self.unet.up_blocks, self.unet.out):
+            part.requires_grad_(True)
+
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor, domain: int = SOURCE) -> Tensor:
         """Prediction from the mask alone, the way it samples."""
         return self.controlled(x_t, t, self.residuals(x_t, t, self.mask_hint(cond), domain), domain)
+
+    def held(self, x_t: Tensor, t: Tensor, residuals: list[Tensor]) -> Tensor:
+        """As ``controlled``, but the base's weights take no gradient."""
+        weights = {name: value.detach() for name, value in self.unet.named_parameters()}
+        inputs = {"timesteps": t * 1000, "class_labels": torch.full(t.shape, SOURCE, device=t.device),
+                  "down_block_additional_residuals": tuple(residuals[:-1]), "mid_block_additional_residual": residuals[-1]}
+        found: Tensor = functional_call(self.unet, weights, (x_t,), inputs)
+        return found
 
     def mask_hint(self, cond: Tensor) -> Tensor:
         """The mask, [B, D, H, W] -> [B, D + C, H, W]."""

@@ -20,4 +20,4 @@ OBJECTIVES = {
     "denoise": "painters.denoise:loss",
     "siamese": "painters.siamese:loss",
 }
-ON_A_FROZEN_BASE = ("controlnet", "dense_controlnet", "t2i_adapter")  # these add to an unconditional painter that they leave as it is
+ON_A_FROZEN_BASE = ("controlnet", "dense_controlnet", "t2i_adapter")  # these add to an unconditional painter, and train at most its decoder

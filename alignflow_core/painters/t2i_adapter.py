@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from alignflow_core.config import Network
 from alignflow_core.networks.velocity_unet import SOURCE, VelocityUNet
-from alignflow_core.painters.controlnet import ResidualBlock
+from alignflow_core.painters.residual import ResidualBlock
 
 BLOCKS = 2  # residual blocks a level, as in the paper
 

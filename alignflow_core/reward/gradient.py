@@ -73,12 +73,36 @@ def _roll_out(velocity_model: VelocityModel, x0: Tensor, cond: Tensor, times: Te
 
 def last_k(velocity_model: VelocityModel, x0: Tensor, cond: Tensor, times: Tensor, reward: Reward, k: int,
            generator: torch.Generator, weight: float) -> Rewarded:
-    """Plain back-propagation through the last k Euler steps (AlignProp, arXiv 2310.03739; K = 1: ReFL)."""
+    """Plain back-propagation through the last k Euler steps (DRaFT-K, arXiv 2309.17400)."""
     n = len(times) - 1
     x = x0
     for i in range(n):
         with torch.set_grad_enabled(i >= n - k):
             x = x + float(times[i + 1] - times[i]) * velocity_model(x, x.new_full((len(x),), float(times[i])), cond)
+    value = reward(x)
+    (-weight * value).backward()
+    return Rewarded(value.item(), x.detach())
+
+
+def random_k(velocity_model: VelocityModel, x0: Tensor, cond: Tensor, times: Tensor, reward: Reward, k: int,
+             generator: torch.Generator, weight: float) -> Rewarded:
+    """AlignProp (arXiv 2310.03739), truncated at random as in its public code (github.com/mihirp1998/AlignProp, ``truncated_backprop_rand``).
+
+    Step i of N keeps the gradient of its network call with probability (i + 1) / (N + 1), drawn for every step; that of the path itself
+    is never cut. The last step always keeps it (theirs with 50 of 51), so that there is a gradient. Calls with gradient are recomputed
+    on the way back; ``k`` plays no part.
+    """
+    n = len(times) - 1
+    cuts = torch.randint(n + 1, (n,), generator=generator).tolist()
+    x = x0
+    for i, cut in enumerate(cuts):
+        t = x.new_full((len(x),), float(times[i]))
+        if i < cut and i < n - 1:
+            with torch.no_grad():
+                velocity = velocity_model(x, t, cond)
+        else:
+            velocity = checkpoint(velocity_model, x, t, cond, use_reentrant=False)
+        x = x + float(times[i + 1] - times[i]) * velocity
     value = reward(x)
     (-weight * value).backward()
     return Rewarded(value.item(), x.detach())
@@ -118,4 +142,4 @@ def full(velocity_model: VelocityModel, x0: Tensor, cond: Tensor, times: Tensor,
     return Rewarded(value.item(), x.detach())
 
 
-SCHEMES: dict[str, Callable[..., Rewarded]] = {"sparse": sparse, "last_k": last_k, "one_step": one_step, "full": full}
+SCHEMES: dict[str, Callable[..., Rewarded]] = {"sparse": sparse, "last_k": last_k, "random_k": random_k, "one_step": one_step, "full": full}
