@@ -721,6 +721,13 @@ class Project:
         if problems:
             raise InputError(*problems)
 
+    @cached_property
+    def graph(self) -> Graph:
+        """The stage registry laid over this project's domains and targets."""
+        return Graph(tuple(self.domains), self.source, {name: target.domain for name, target in self.targets.items()},
+                     {name: comparator.base for name, comparator in self.comparators.items()},
+                     {name: target.painter for name, target in self.targets.items()})
+
     def _odd_sides(self) -> list[str]:
         """Sides that a U-Net cannot halve at each of its levels and double again."""
         sides: dict[str, tuple[str, int, typing.Sequence[int]]] = {
@@ -733,13 +740,6 @@ class Project:
         return [f"{setting}: {side} is not a multiple of {step}, and {network} halves it {len(channels) - 1} times; "
                 f"give a multiple, such as {max(step, side // step * step)}"
                 for network, (setting, side, channels) in sides.items() if side % (step := 2 ** (len(channels) - 1))]
-
-    @cached_property
-    def graph(self) -> Graph:
-        """The stage registry laid over this project's domains and targets."""
-        return Graph(tuple(self.domains), self.source, {name: target.domain for name, target in self.targets.items()},
-                     {name: comparator.base for name, comparator in self.comparators.items()},
-                     {name: target.painter for name, target in self.targets.items()})
 
 
 def load_project(file: Path) -> Project:
