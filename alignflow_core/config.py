@@ -620,6 +620,7 @@ class Segment:
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown:
             raise InputError(*(f"segment.arms: unknown arm '{arm}'{nearest(arm, ARMS)}" for arm in unknown))
+        at_least("number of segment.arms", len(self.arms), 1)
         at_least("number of segment.architectures", len(self.architectures), 1)
         for name in self.architectures:
             one_of("segment.architectures", name, ARCHITECTURES)
@@ -712,6 +713,11 @@ class Project:
         problems += [f"comparators.{name}: is the name of an arm; choose another" for name in self.comparators if name in ARMS]
         arms = (*ARMS, *self.comparators, *(name + COLOUR for name in self.comparators))
         problems += [f"evaluate.baselines: unknown arm '{arm}'{nearest(arm, arms)}" for arm in self.evaluate.baselines if arm not in arms]
+        tested = {*self.segment.arms, *self.comparators} if any(self.domains[target.domain].labelled for target in self.targets.values()
+                                                                if target.domain in self.domains) else set()
+        if tested and not tested & set(self.evaluate.baselines):
+            problems.append(f"evaluate.baselines: none of {', '.join(self.evaluate.baselines)} is among segment.arms; "
+                            "add one there, or name one that is")
         problems += self._odd_sides()
         if self.filter.match_areas:
             problems += [f"filter.match_areas: needs the reference images of every target, targets.{name}.references.file holds moments alone; "

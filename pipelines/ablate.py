@@ -52,7 +52,9 @@ def write_variants(root: Path, bases: Sequence[str], axes: Sequence[str], grid: 
             variant = merged(targets[base], {"arms": ARMS, "variant_of": base})
             for _, change in combination:
                 variant = merged(variant, change)
-            wanted["-".join([base, *(word for word, _ in combination)])] = variant
+            name = "-".join([base, *(word for word, _ in combination)])
+            if wanted.setdefault(name, variant) != variant:
+                raise InputError(f"two variants of {base} would be named {name}; ablate one of their keys after the other, or only one")
     project = as_plain(build_project(params | {"targets": targets | wanted}, "ablate"))
     differing = [f"targets.{name}: is there already with other settings; remove it from {file} first"
                  for name in wanted if name in targets and targets[name] != project["targets"][name]]

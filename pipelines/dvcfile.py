@@ -79,7 +79,7 @@ def _item(project: Project, stage: Stage, key: str, root: Path) -> dict[str, str
     """What ``${item.…}`` stands for: the target's domain, the raw folder or file, what it paints with, the files of what it chooses by name.
 
     References drawn from their domain have no folder of their own; the domain's stands in for it. For a comparator without a base
-    the source's provenance does, which it depends on anyway.
+    a file of the source's does, on which it depends anyway.
     """
     if stage.scope == "domain":
         return {"raw": project.domains[key].dir}
@@ -90,7 +90,7 @@ def _item(project: Project, stage: Stage, key: str, root: Path) -> dict[str, str
     inputs = project.graph.inputs(stage, key)
     for name, _, which in (spec.partition(":") for spec in stage.inputs):
         if which in ("own", "painter"):
-            found[which] = (artifact_dir(*inputs[name]) if name in inputs else provenance_file(Path(), "data", project.source)).as_posix()
+            found[which] = (artifact_dir(*inputs[name]) if name in inputs else artifact_dir("data", project.source) / "metrics.json").as_posix()
     chosen = chosen_files(project, stage, key)
     if PACKAGE_DIR.is_relative_to(root):
         return found | {name: (PACKAGE_DIR / file).relative_to(root).as_posix() for name, file in chosen.items()}

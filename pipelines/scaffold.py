@@ -65,6 +65,8 @@ def init(root: Path, source: str, targets: Sequence[str], references: int | None
         raise InputError(f"{root / 'params.yaml'}: a project is here already; change it with 'alignflow target' or by hand, or choose another folder")
     if source in targets:
         raise InputError(f"--source {source}: is a target too; give them different names")
+    if _ignored(root):
+        raise InputError(f"{root}: git ignores it, and DVC keeps no project there; choose another folder")
     if unknown := [name for name in unlabelled if name not in targets]:
         raise InputError(*(f"--unlabelled {name}: not a target{nearest(name, targets)}" for name in unknown))
     domains: dict[str, dict[str, Any]] = {source: {"dir": f"data/source/{source}"}} | {
@@ -94,6 +96,13 @@ def init(root: Path, source: str, targets: Sequence[str], references: int | None
             f"put {what} into {', '.join(folders)}" + (f", reference images into {', '.join(references_dirs)}" if references_dirs else ""),
             *(f"alignflow check {folder} --task {task}{'' if labelled else ' --unlabelled'}" for folder, labelled in folders.items()),
             "dvc add data; git add -A; git commit", "alignflow materialize; alignflow ui"]
+
+
+def _ignored(root: Path) -> bool:
+    """Whether a repository around the folder ignores it."""
+    above = next(folder for folder in (root.resolve(), *root.resolve().parents) if folder.is_dir())
+    asked = ["git", "check-ignore", "--quiet", "--no-index", f"{root.resolve()}/"]
+    return shutil.which("git") is not None and subprocess.run(asked, cwd=above, capture_output=True, check=False).returncode == 0
 
 
 def _version_control(root: Path) -> None:

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
@@ -205,7 +206,7 @@ def _log_numbers(store: "MlflowClient", run_id: str, folder: Path, params: Mappi
 
     now = int(time.time() * 1000)
     values = [Param(name, value[:VALUE_LENGTH]) for name, value in params.items()]
-    metrics = [*metrics, *(Metric(name, float(value), now, 0) for name, value in read_json(folder / "metrics.json").items())]
+    metrics = [*metrics, *(Metric(_plain(name), float(value), now, 0) for name, value in read_json(folder / "metrics.json").items())]
     curves = pd.read_parquet(folder / "curves.parquet")
     metrics += [Metric(f"curve/{_plain(name)}", float(value), now, int(step)) for step, name, value in curves.itertuples(index=False)]
     for start in range(0, len(values), PARAM_BATCH):
@@ -215,8 +216,8 @@ def _log_numbers(store: "MlflowClient", run_id: str, folder: Path, params: Mappi
 
 
 def _plain(name: str) -> str:
-    """A metric's name as MLflow allows it."""
-    return name.replace("+", "_plus_")
+    """A metric's name as MLflow allows it; classes may be called anything."""
+    return re.sub(r"[^/\w.\- :]", "_", name.replace("+", "_plus_"))
 
 
 def _log_inputs(store: "MlflowClient", run_id: str, root: Path, project: Project, provenance: Mapping[str, Any]) -> None:

@@ -53,6 +53,14 @@ def test_a_wrong_axis_is_refused_and_nothing_written(root: Path, axis: str, said
     assert (root / "params.yaml").read_text() == text
 
 
+def test_two_variants_of_one_name_are_refused(root: Path) -> None:
+    text = (root / "params.yaml").read_text()
+    with pytest.raises(InputError, match="would be named amber-lr"):
+        write_variants(root, ["amber"], ["align.training.lr=1e-4,3e-4", "align.relabel.lr=1e-4,3e-4"])
+    assert (root / "params.yaml").read_text() == text
+    assert len(write_variants(root, ["amber", "amber"], ["align.rho=0.1,0.1"])) == 1, "the same one asked for twice is one"
+
+
 @pytest.mark.parametrize(("targets", "said"), [(1, "targets: must be dict"), ({"a": 1}, "targets.a: must be a section, got 1")])
 def test_wrong_targets_are_the_file_s_fault(root: Path, targets: object, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = root / "params.yaml"

@@ -129,7 +129,7 @@ def test_the_same_command_again_keeps_rivals_and_variants(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--task", "phantom", "segment.arms=[stage1,aligned]"], "compare with aligned+filtered"),
-    (["--task", "phantom", "--counts", "1", "segment.arms=[aligned+filtered]"], "compare with stage1"),
+    (["--task", "phantom", "--counts", "1", "segment.arms=[source,aligned+filtered]"], "compare with stage1"),
     (["--task", "phantom", "domains.amber.labelled=false"], "domains.amber.labelled: the paper's tables measure on"),
     (["--task", "refuge"], "needs data"), (["--task", "phantom", "--counts", "1,x"], "--counts"), (["--task", "phantom", "--seeds", "0"], "--seeds"),
     (["--task", "phantom", "--source", "a", "--target", "b=c"], "neither goes"),

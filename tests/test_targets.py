@@ -96,6 +96,13 @@ def test_init_writes_a_project_that_the_data_fit_into(phantom_root: Path, tmp_pa
     assert "a project is here already" in capsys.readouterr().err
 
 
+def test_init_where_git_ignores_it_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    (tmp_path / ".gitignore").write_text("/runs/\n")
+    assert main(["init", "--root", str(tmp_path / "runs/clinic"), "--source", "a", "--target", "b", "--task", "binary"]) == 2
+    assert "git ignores it" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
 def test_init_with_reference_folders(tmp_path: Path) -> None:
     steps = init(tmp_path / "mine", "a", ["b", "c"], None, "binary", ["profile=smoke"])
     assert (tmp_path / "mine/data/references/c/images").is_dir()

@@ -46,6 +46,11 @@ def runs_of(root: Path, query: str = "") -> list:
     return list(store.search_runs([e.experiment_id for e in store.search_experiments()], query))
 
 
+def test_classes_may_be_called_anything() -> None:
+    """MLflow allows letters, digits and ``/_.- :`` in the name of a metric."""
+    assert tracking._plain("obey_IRF (fluid)") == "obey_IRF _fluid_" and tracking._plain("dice_aligned+filtered") == "dice_aligned_plus_filtered"
+
+
 def test_one_run_per_stage_and_key(tracked: Path) -> None:
     every = runs_of(tracked)
     names = sorted(each.info.run_name for each in every if tracking.PARENT not in each.data.tags)
