@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import yaml
 
+from alignflow_core.artifact import exclusive
 from alignflow_core.config import Project, build_project, read_params
 from alignflow_core.errors import InputError
 from alignflow_core.validation import nearest
@@ -17,6 +18,7 @@ from alignflow_core.validation import nearest
 CONF_DIR = Path(__file__).parent / "conf"
 GROUPS = ("profile", "task", "reward", "encoder", "comparators")
 EXPERIMENT_KEYS = ("reward", "encoder")  # of a whole project, see alignflow_core/config.py
+RUN_LOCK = ".alignflow/locks/run.lock"  # of a command that builds a whole project in its own processes (``local.run_all``)
 TARGET_DEFAULTS = ("align", "references")  # top-level sections that every target starts from
 
 
@@ -68,8 +70,21 @@ def render(params: dict[str, Any], overrides: Sequence[str] = ()) -> str:
 def write_params(file: Path, overrides: Sequence[str] = (), layout: dict[str, Any] | None = None) -> dict[str, Any]:
     """Recompose, then write ``params.yaml`` by rename; nothing is written when the configuration is wrong."""
     params = recompose(file, overrides, layout)
+    _refuse_while_built(file)
     write_text(file, render(params, overrides))
     return params
+
+
+def _refuse_while_built(file: Path) -> None:
+    """Each stage reads ``params.yaml`` when it begins: a run whose settings change on the way would mix two configurations.
+
+    Raises:
+        InputError: a command is building this project.
+    """
+    lock = file.parent / RUN_LOCK
+    if lock.exists():
+        with exclusive(lock):
+            pass
 
 
 def recompose(file: Path, overrides: Sequence[str] = (), layout: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -128,6 +143,7 @@ def rewrite_params(file: Path, params: dict[str, Any], origin: str) -> None:
     own = {key: params.get(key) for key in EXPERIMENT_KEYS}  # stand in for the targets' own values, which must not be lost
     plain = as_plain(build_project(params | dict.fromkeys(EXPERIMENT_KEYS), origin)) | own
     text = render(plain).partition("\n")[2]
+    _refuse_while_built(file)
     write_text(file, f"{first}\n{text}" if first.startswith("#") else text)
 
 

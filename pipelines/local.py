@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignflow_core.artifact import exclusive
 from alignflow_core.config import Project, Task, build_project, load_project, wrong_name
 from alignflow_core.errors import InputError
 from alignflow_core.stages import artifact_dir, node_id
 from alignflow_core.validation import nearest
-from pipelines.compose import compose, options, recompose, write_params
+from pipelines.compose import RUN_LOCK, compose, options, recompose, write_params
 from pipelines.plan import Node
 
 MOMENTS_SUFFIX = ".safetensors"
@@ -204,7 +205,16 @@ def run_all(root: Path, quiet: bool = False, jobs: int | None = None) -> Path:
 
     Stages that do not need each other are built side by side, ``jobs`` at once (as many as the cores hold ``machine.threads`` if not given; one
     is built in this process). A stage interrupted earlier continues where it stopped. One line a stage goes to stderr.
+
+    Raises:
+        InputError: another command is building this project; nothing is built then.
     """
+    with exclusive(root / RUN_LOCK):
+        return _run_all(root, quiet, jobs)
+
+
+def _run_all(root: Path, quiet: bool, jobs: int | None) -> Path:
+    """:func:`run_all`, alone on its project."""
     from pipelines.tracking import attempt
     from pipelines.workers import build_side_by_side, default_jobs
 

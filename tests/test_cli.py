@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,14 +17,18 @@ from PIL import Image
 from provenance import of_one_piece
 from stopwatch import timed
 
+from alignflow_core.artifact import exclusive
 from alignflow_core.config import Task, load_project
+from alignflow_core.errors import InputError
 from alignflow_core.pairs import Pairs, write_pairs
 from alignflow_core.stages import artifact_dir
 from pipelines import preview, tracking
 from pipelines.checks import CHECKS
 from pipelines.cli import main
+from pipelines.compose import RUN_LOCK, write_params
 from pipelines.compose import options as names
 from pipelines.export import mask_values
+from pipelines.local import run_all
 
 
 def test_help_answers_at_once() -> None:
@@ -198,6 +203,23 @@ def test_run_builds_a_report_then_finds_it_up_to_date_and_exports(phantom_root: 
     for part in ("images", "masks"):
         assert {file.stem for file in (tmp_path / "pairs" / "amber" / part).iterdir()} == set(table["pair_id"].astype(str))
     assert len(table) == kept
+
+
+def test_a_run_under_way_keeps_its_settings(phantom_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stages read params.yaml as they begin: no other command may change it, nor build beside the first."""
+    root = tmp_path / "run"
+    write_params(root / "params.yaml", ["profile=smoke"])
+    before = (root / "params.yaml").read_bytes()
+    (root / "data").mkdir()
+    with exclusive(root / RUN_LOCK):
+        for command in (["demo", "--out", str(root), "profile=smoke", "align.rho=0.7"], ["ablate", "--root", str(root), "reward=skl"],
+                        ["target", "remove", "amber", "--root", str(root)]):
+            assert main(command) == 2
+            assert f"run.lock: in use by pid {os.getpid()}" in capsys.readouterr().err
+        with pytest.raises(InputError, match="in use by pid"):
+            run_all(root)
+    assert (root / "params.yaml").read_bytes() == before
+    assert main(["ablate", "--root", str(root), "reward=skl"]) == 0
 
 
 def test_a_command_given_again_loses_no_variant(phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
