@@ -207,8 +207,9 @@ def test_the_reward_comes_after_the_recoloured_pairs(built: dict[str, Path], tmp
     assert steps == set(range(1, before + (5 if before else 6))), "a step more with the reward in the time of six without"
     gates = pd.read_parquet(tmp_path / "out" / "gates.parquet")
     assert gates["step"].tolist() == ([0, 5, 5, 6, 7, 9, 10] if before else [0, 2, 2, 4, 5])  # two rounds
-    rewarded = {step for step in steps if "reward" in seen[step]}
-    assert rewarded == ({5, 6, 7, 8, 9, 10} if before else steps), "looks, and steps that the reward takes part in"
+    rewarded = {step for step in steps if "batch_reward" in seen[step]}
+    assert rewarded == ({7, 8, 9, 10} if before else steps), "the steps that the reward takes part in"
+    assert {step for step in seen if "held_out_reward" in seen[step]} == set(gates["step"]), "looks are told apart from them"
 
 
 @pytest.mark.parametrize(("rewards", "copies", "best"), [
