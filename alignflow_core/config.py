@@ -365,7 +365,7 @@ class Align:
         rho: ratio of the reward gradient's norm to the denoising gradient's, fixed at step 0; 0 leaves the reward out.
         prior_count: pseudo-count of the source's own variances when shrinking the reference moments.
         queue: feature vectors of earlier samples kept to steady the sample moments.
-        check_every: steps with the reward between looks at the held-out reward and the gates; before the reward, five times as many.
+        check_every: steps with the reward between looks at the held-out reward and the gates; without it five times as many.
         patience: looks without a better held-out reward before stopping.
         privacy: differential privacy of the references.
     """
@@ -711,11 +711,11 @@ class Project:
                      for name, target in self.targets.items()
                      if target.variant_of in self.targets and self.targets[target.variant_of].variant_of is not None]
         problems += [f"comparators.{name}: is the name of an arm; choose another" for name in self.comparators if name in ARMS]
-        arms = (*ARMS, *self.comparators, *(name + COLOUR for name in self.comparators))
+        others = (*self.comparators, *(name + COLOUR for name in self.comparators))
+        arms = (*ARMS, *others)
         problems += [f"evaluate.baselines: unknown arm '{arm}'{nearest(arm, arms)}" for arm in self.evaluate.baselines if arm not in arms]
-        tested = {*self.segment.arms, *self.comparators} if any(self.domains[target.domain].labelled for target in self.targets.values()
-                                                                if target.domain in self.domains) else set()
-        if tested and not tested & set(self.evaluate.baselines):
+        measured = any(self.domains[target.domain].labelled for target in self.targets.values() if target.domain in self.domains)
+        if measured and not {*self.segment.arms, *others} & set(self.evaluate.baselines):
             problems.append(f"evaluate.baselines: none of {', '.join(self.evaluate.baselines)} is among segment.arms; "
                             "add one there, or name one that is")
         problems += self._odd_sides()

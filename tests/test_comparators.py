@@ -35,8 +35,6 @@ from pipelines.local import run_all
 
 NETWORK = Network(channels=(8, 16), attention=(False, True), head_channels=8)
 COND = 3
-
-
 DECODER = ("unet.up_blocks.", "unet.out.")
 
 
@@ -315,6 +313,10 @@ OVERRIDES = ["profile=smoke", "comparators=paper", "comparators.spade-flow.proce
              "painter: controlnet-flow}",
              "targets.amber-unlabelled={domain: amber, references: {dir: data/references/amber}, variant_of: amber, arms: [aligned], "
              "align: {rho: 0, denoise: references}}"]
+
+
+def test_an_arm_of_a_comparator_with_colour_may_be_the_only_baseline() -> None:
+    assert compose([*OVERRIDES, "evaluate.baselines=[t2i-adapter+colour]"])["evaluate"]["baselines"] == ["t2i-adapter+colour"]
 
 
 def test_stage_two_refuses_a_painter_that_is_no_flow() -> None:

@@ -206,7 +206,7 @@ TABLE: dict[str, list[tuple[str, str, str | None, tuple[str, ...]]]] = {
         ("classes of a kind", "if self.kind in KIND_CLASSES and", "if False and", setting("more classes than the kind has")),
         ("baselines", "for arm in self.evaluate.baselines if arm not in arms]", "for arm in self.evaluate.baselines if False]",
          setting("unknown baseline")),
-        ("arms to compare with", "if tested and not tested & set(self.evaluate.baselines):", None,
+        ("arms to compare with", "if measured and not {*self.segment.arms, *others} & set(self.evaluate.baselines):", None,
          setting("no arm to compare with")),
         ("sides are told", "problems += self._odd_sides()", "problems += []",
          setting("a side that U-Nets cannot halve", "a side of masks that cannot be halved")),

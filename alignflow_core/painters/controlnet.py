@@ -56,14 +56,18 @@ class ControlNetPainter(VelocityUNet):
 
     def controlled(self, x_t: Tensor, t: Tensor, residuals: list[Tensor], domain: int = SOURCE) -> Tensor:
         """The base with these residuals added, [B, C, H, W]."""
-        labels = torch.full(t.shape, domain, device=t.device)
-        found: Tensor = self.unet(x_t, timesteps=t * 1000, class_labels=labels, down_block_additional_residuals=tuple(residuals[:-1]),
-                                  mid_block_additional_residual=residuals[-1])
+        found: Tensor = self.unet(x_t, **_inputs(t, residuals, domain))
         return found
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor, domain: int = SOURCE) -> Tensor:
         """Prediction [B, C, H, W]."""
         return self.controlled(x_t, t, self.residuals(x_t, t, cond, domain), domain)
+
+
+def _inputs(t: Tensor, residuals: list[Tensor], domain: int) -> dict[str, Any]:
+    """What MONAI's U-Net is given beside x_t."""
+    return {"timesteps": t * 1000, "class_labels": torch.full(t.shape, domain, device=t.device),
+            "down_block_additional_residuals": tuple(residuals[:-1]), "mid_block_additional_residual": residuals[-1]}
 
 
 class DenseHint(nn.Module):
@@ -111,9 +115,7 @@ class DenseControlNetPainter(ControlNetPainter):
     def held(self, x_t: Tensor, t: Tensor, residuals: list[Tensor]) -> Tensor:
         """As ``controlled``, but the base's weights take no gradient."""
         weights = {name: value.detach() for name, value in self.unet.named_parameters()}
-        inputs = {"timesteps": t * 1000, "class_labels": torch.full(t.shape, SOURCE, device=t.device),
-                  "down_block_additional_residuals": tuple(residuals[:-1]), "mid_block_additional_residual": residuals[-1]}
-        found: Tensor = functional_call(self.unet, weights, (x_t,), inputs)
+        found: Tensor = functional_call(self.unet, weights, (x_t,), _inputs(t, residuals, SOURCE))
         return found
 
     def mask_hint(self, cond: Tensor) -> Tensor:
