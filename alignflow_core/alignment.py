@@ -12,9 +12,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from alignflow_core.alignment_steps import REWARD_COST, rewarded_steps, rewardless_steps
 from alignflow_core.artifact import read_json, write_json
 from alignflow_core.checkpoint import prefixed, section
-from alignflow_core.config import REWARD_COST, Align, ImageFlow, Task
+from alignflow_core.config import Align, ImageFlow, Task
 from alignflow_core.devices import autocast, placed, prepare
 from alignflow_core.errors import InputError
 from alignflow_core.flow.ema import Ema
@@ -80,7 +81,7 @@ class Alignment:
         self.objective = Objective(Standardised(encoder, self.images, self._regions(self.labels)), self.settings)
         self.probe, self.probe_labels = self._probe()
         self.given = self._given()
-        self.steps = self.settings.rewardless_steps + self.settings.rewarded_steps
+        self.steps = rewardless_steps(self.settings) + rewarded_steps(self.settings)
 
     def run(self, out_dir: Path) -> dict[str, float]:
         """All rounds; writes what ``align.run`` says."""
@@ -130,7 +131,7 @@ class Alignment:
             draw = generator(self.config.seed, "align", context.key, first + i)
             loss = self._denoise(draw)
             past = [state[f"queue:{n}"] for n in range(len(known))]
-            if not balance or first + i < settings.rewardless_steps:
+            if not balance or first + i < rewardless_steps(settings):
                 return {"loss": loss}
             numbers, features = self._pull(draw, balance, known, past, first + i)
             for n, (before, now) in enumerate(zip(past, features, strict=True)):
@@ -149,7 +150,7 @@ class Alignment:
                 state.update({f"best:{name}": value.clone() for name, value in ema.shadow.items()})
             elif best == 0:  # an earlier look may have been the best until this one, the last before the reward, took its place
                 state.update(prefixed("best", start))
-            rewardless = int((state["looks"][:, COLUMNS.index("step")] <= settings.rewardless_steps).sum()) - 1  # patience begins with the reward
+            rewardless = int((state["looks"][:, COLUMNS.index("step")] <= rewardless_steps(settings)).sum()) - 1  # patience begins with the reward
             return last - max(best, rewardless) >= self._patience()
 
         record(self.painter, 0)
@@ -172,9 +173,9 @@ class Alignment:
 
         Steps without the reward are short; of the looks before it only the last counts.
         """
-        before = not self.settings.rho or first + done < self.settings.rewardless_steps
+        before = not self.settings.rho or first + done < rewardless_steps(self.settings)
         pause = self.settings.check_every * (REWARD_COST if before else 1)
-        return done == steps or first + done == self.settings.rewardless_steps or done % pause == 0
+        return done == steps or first + done == rewardless_steps(self.settings) or done % pause == 0
 
     def _best(self, looks: Tensor) -> int:
         """Row of the highest held-out reward among the looks that kept every gate.
@@ -182,7 +183,7 @@ class Alignment:
         Of those before the reward takes part only the last counts: an earlier one may be nearer by chance, and has learnt less.
         """
         kept = self._kept(looks)
-        before = [row for row in kept[1:] if looks[row, COLUMNS.index("step")] <= self.settings.rewardless_steps]
+        before = [row for row in kept[1:] if looks[row, COLUMNS.index("step")] <= rewardless_steps(self.settings)]
         return max((row for row in kept if row not in before[:-1]), key=lambda row: float(looks[row, COLUMNS.index("held_out_reward")]))
 
     def _kept(self, looks: Tensor) -> list[int]:

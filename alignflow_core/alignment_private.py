@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from alignflow_core.alignment import Alignment
+from alignflow_core.alignment_steps import rewarded_steps
 from alignflow_core.artifact import tree_hash
 from alignflow_core.devices import autocast
 from alignflow_core.reward.gradient import sparse_each
@@ -30,7 +31,7 @@ class PrivateAlignment(Alignment):
 
     def __init__(self, config: Any, inputs: dict[str, Path], context: Any) -> None:
         super().__init__(config, inputs, context)
-        self.private = PrivateSum(self.settings.privacy, self.settings.rewarded_steps, self._salt())
+        self.private = PrivateSum(self.settings.privacy, rewarded_steps(self.settings), self._salt())
 
     def _salt(self) -> str:
         """New whenever anything that the weights depend on is.

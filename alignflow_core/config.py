@@ -36,7 +36,6 @@ TARGET_ARMS = tuple(arm for arm in ARMS if arm not in SHARED_ARMS)
 
 COLOUR = "+colour"  # suffix of an arm under strong colour augmentation; a comparator's arms are its name without and with it
 KIND_CLASSES = {"binary": 1, "refuge": 2}  # that masks of this kind can have
-REWARD_COST = 5  # steps of the denoising loss alone that one with the reward takes the time of (64 px; twice as many at 48)
 
 
 def wrong_name(name: str) -> str:
@@ -432,17 +431,6 @@ class Align:
             self._refuse_leaks()
         if self.rounds > self.training.steps:
             raise InputError(f"align.rounds: {self.rounds} is more than align.training.steps ({self.training.steps}); lower rounds")
-
-    @property
-    def rewardless_steps(self) -> int:
-        """Steps before the reward takes part: none where no pairs are recoloured."""
-        return self.recolour_steps if self.recolour and self.denoise == "source" else 0
-
-    @property
-    def rewarded_steps(self) -> int:
-        """The steps after those: where no pairs are recoloured as many more as cost the same time, all of them if there is no reward either."""
-        instead = self.recolour_steps - self.rewardless_steps
-        return self.training.steps + (instead if self.rho == 0 else instead // REWARD_COST)
 
     def _refuse_leaks(self) -> None:
         """With a budget, the weights may depend on the references through noised gradients alone."""

@@ -34,7 +34,7 @@ class StageError(Exception):
 def told_paths() -> Iterator[None]:
     """Turn what the file system says of a path into bad input; other errors of it, such as of a broken disk, stay what they are.
 
-    For the command line: what a stage says of its own files is a failure of the stage.
+    For the command line and for raw folders: what a stage says of its own files is a failure of the stage.
     """
     try:
         yield

@@ -111,7 +111,7 @@ def area_weights(areas: np.ndarray, reference_areas: np.ndarray) -> np.ndarray:
 def _cross_judged(config: Any, pairs: Pairs, references: Pairs, device: torch.device, context: Any) -> tuple[np.ndarray, np.ndarray]:
     """Dice of each pair's mask against the judge trained on the other half, [N], and the judged region areas of the references, [n, C]."""
     settings: Filter = config.filter
-    segment: Segment = config.segment
+    segment: Segment = config.segment  # of which network and training
     task: Task = config.task
     training = dataclasses.replace(segment.training, steps=settings.judge_steps)
     # Drawn, since origins of masks come in turn: each judge is to see both.

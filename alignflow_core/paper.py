@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from alignflow_core import figures, paper_figures
+from alignflow_core.alignment_steps import rewarded_steps, rewardless_steps
 from alignflow_core.artifact import read_json
 from alignflow_core.config import COLOUR, Align, Project, in_order, load_project
 from alignflow_core.errors import InputError
@@ -303,7 +304,7 @@ def alignment_terms(runs: Runs) -> pd.DataFrame:
             rows.append((target, method, runs.project.targets[name].painter or "stage1", settings.reward if settings.rho else "none",
                          _gradient(settings), settings.denoise,
                          "all" if settings.adapter == "all" else f"{settings.adapter} of rank {settings.lora_rank}", settings.regions,
-                         settings.rounds if settings.regions == "pseudo" else 1, settings.rewardless_steps, settings.rewarded_steps, steps,
+                         settings.rounds if settings.regions == "pseudo" else 1, rewardless_steps(settings), rewarded_steps(settings), steps,
                          _hours(root, "align", name)))
     return pd.DataFrame(rows, columns=["target", "method", "painter", "reward", "gradient", "denoising loss on", "weights", "regions", "rounds",
                                        "steps before the reward", "steps after that", "steps done", "hours"])

@@ -30,7 +30,7 @@ from typing import Any
 
 from alignflow_core.artifact import exclusive, file_hash, json_hash, listing_hash, publish, raw_hashes, read_json, tree_hash, write_json
 from alignflow_core.config import Project, load_project
-from alignflow_core.errors import InputError, StageError
+from alignflow_core.errors import InputError, StageError, told_paths
 from alignflow_core.floors import refuse_old_packages
 from alignflow_core.site_key import pseudonym
 from alignflow_core.stages import PACKAGE_DIR, STAGES, Stage, artifact_dir, node_id, source_files
@@ -121,7 +121,7 @@ def stage_config(project: Project, stage: Stage, key: str | None) -> SimpleNames
     """The declared sections only, so that a stage cannot read what its fingerprint does not cover.
 
     ``domains.{key}`` appears as ``domain``, ``comparators.{key}`` as ``comparator``, ``targets.{key}.align`` as ``align``,
-    ``targets.{key}.domain`` as ``target_domain``; of ``sample.guidance_scale`` there is ``sample`` with nothing else.
+    ``targets.{key}.domain`` as ``target_domain``; of ``sample.guidance_scale`` there is ``sample`` with nothing else that is not declared too.
     """
     found: dict[str, Any] = {}
     for dotted in stage.params:
@@ -135,7 +135,10 @@ def stage_config(project: Project, stage: Stage, key: str | None) -> SimpleNames
         else:
             section, _, name = dotted.partition(".")
             whole = getattr(project, section)
-            found[section] = SimpleNamespace(**{name: getattr(whole, name)}) if name else whole
+            if name:
+                setattr(found.setdefault(section, SimpleNamespace()), name, getattr(whole, name))
+            else:
+                found[section] = whole
     return SimpleNamespace(**found)
 
 
@@ -240,9 +243,11 @@ def run_stage(root: Path, name: str, key: str | None = None, *, force: bool = Fa
     node = node_id(name, key)
     state_dir = root / ".alignflow"
     with exclusive(state_dir / "locks" / f"{node}.lock"):
-        plan = plan_stage(project, root, stage, key)
+        with told_paths():
+            plan = plan_stage(project, root, stage, key)
         if not force and is_current(root, name, key, plan):
             return False
+        _refuse_lost(project, root, stage, key)
         work_dir = _work_dir(state_dir / "work" / node, plan.fingerprint)
         part_dir = (root / artifact_dir(name, key)).with_name(f".{node}.part")
         shutil.rmtree(part_dir, ignore_errors=True)
@@ -250,21 +255,21 @@ def run_stage(root: Path, name: str, key: str | None = None, *, force: bool = Fa
         spool = work_dir / "curves.jsonl"
         spent, started = _spent(work_dir), math.nan
         try:
-            with accelerator(stage, project, node, quiet), spool.open("a", encoding="utf-8") as stream, sampled() as usage:
-                started = time.time()  # its turn has come
-                context = Context(key, root, work_dir, _logger(stream), _progress(node, quiet))
-                with told_limits(stage, part_dir):
+            with told_limits(stage, part_dir):
+                with accelerator(stage, project, node, quiet), spool.open("a", encoding="utf-8") as stream, sampled() as usage:
+                    started = time.time()  # its turn has come
+                    context = Context(key, root, work_dir, _logger(stream), _progress(node, quiet))
                     metrics = call(project, stage, key, part_dir, context)
+                write_json(part_dir / "metrics.json", {k: float(v) for k, v in metrics.items()})
+                _write_curves(spool, part_dir / "curves.parquet")
+                content = tree_hash(part_dir)
+                publish(part_dir, root / artifact_dir(name, key))
         except BaseException:
             shutil.rmtree(part_dir, ignore_errors=True)
             if started > 0:  # its turn had come
                 with contextlib.suppress(OSError):  # the disk may be full
                     write_json(work_dir / SPENT, {"seconds": spent + time.time() - started})
             raise
-        write_json(part_dir / "metrics.json", {k: float(v) for k, v in metrics.items()})
-        _write_curves(spool, part_dir / "curves.parquet")
-        content = tree_hash(part_dir)
-        publish(part_dir, root / artifact_dir(name, key))
         write_json(provenance_file(root, name, key), {
             "stage": name, "key": key, "fingerprint": plan.fingerprint, "content": content, "params": plan.params,
             "inputs": plan.inputs, "raw": plan.raw, "raw_files": plan.raw_files, "code": plan.code,
@@ -274,6 +279,13 @@ def run_stage(root: Path, name: str, key: str | None = None, *, force: bool = Fa
         })
         shutil.rmtree(work_dir)
         return True
+
+
+def _refuse_lost(project: Project, root: Path, stage: Stage, key: str | None) -> None:
+    """Raise :class:`InputError` where of an input artifact the provenance is left alone: somebody has deleted its folder."""
+    lost = [node for node in project.graph.inputs(stage, key).values() if not (root / artifact_dir(*node)).is_dir()]
+    if lost:
+        raise InputError(*(f"{root / artifact_dir(*node)}: no such folder, though it was built; run stage {node_id(*node)} again" for node in lost))
 
 
 @contextlib.contextmanager

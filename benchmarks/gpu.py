@@ -230,12 +230,14 @@ def stage_two(project: Any, step: float, call: float, compiling: float) -> float
 
     Left out: the reward's encoder, the gates' ratios, reading and writing.
     """
+    from alignflow_core.alignment_steps import rewarded_steps, rewardless_steps
+
     settings = next(iter(project.targets.values())).align
-    rewarded, looks = settings.rewarded_steps, settings.rounds + settings.rewarded_steps / settings.check_every
+    rewarded, looks = rewarded_steps(settings), settings.rounds + rewarded_steps(settings) / settings.check_every
     probe = settings.check_samples / settings.training.batch * settings.n_steps * call
     painted = settings.relabel_pairs / settings.training.batch * settings.n_steps * call
     relabelled = (settings.rounds - 1) * (painted + settings.relabel.steps * segmenter_step(project))
-    return float(COMPILATIONS * compiling + (settings.rewardless_steps + rewarded) * step + rewarded * (settings.n_steps * call + settings.k * step)
+    return float(COMPILATIONS * compiling + (rewardless_steps(settings) + rewarded) * step + rewarded * (settings.n_steps * call + settings.k * step)
                  + looks * probe + relabelled)
 
 

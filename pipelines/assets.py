@@ -14,7 +14,7 @@ import dagster as dg
 from alignflow_core.artifact import json_hash, read_json, tree_hash
 from alignflow_core.config import Project, load_project
 from alignflow_core.errors import InputError, StageError
-from alignflow_core.runner import code_hash, provenance_file, raw_dirs, stage_params
+from alignflow_core.runner import chosen_files, code_hash, provenance_file, raw_dirs, stage_params
 from alignflow_core.stages import STAGES, Stage, node_id
 from pipelines import preview
 from pipelines.checks import CHECKS, refused_input
@@ -47,7 +47,7 @@ def stage_asset(project: Project, stage: Stage) -> dg.AssetsDefinition:
     @dg.asset(
         key=stage.asset, group_name=stage.group, description=description(stage), partitions_def=keys, deps=dependencies(project, stage),
         owners=[OWNER], kinds=kinds(stage), tags={"alignflow/stage": stage.name, "alignflow/scope": stage.scope},
-        code_version=code_hash(stage.name)[:12], check_specs=specs,
+        code_version=code_version(project, stage), check_specs=specs,
     )
     def materialize(context: dg.AssetExecutionContext, runner: StageRunner) -> dg.MaterializeResult:
         key, root = (context.partition_key if context.has_partition_key else None), Path(runner.root)
@@ -60,6 +60,11 @@ def stage_asset(project: Project, stage: Stage) -> dg.AssetsDefinition:
             metadata=preview.metadata(root, stage.name, key, run), check_results=[check(root, key) for check in checks])
 
     return materialize
+
+
+def code_version(project: Project, stage: Stage) -> str:
+    """Hash of the code of a stage, and of whatever any of its keys chooses by name."""
+    return code_hash(stage.name, {file for key in project.graph.keys(stage) for file in chosen_files(project, stage, key).values()})[:12]
 
 
 def build(project: Project, runner: StageRunner, stage: str, key: str | None) -> None:

@@ -9,7 +9,7 @@ import dagster as dg
 
 from alignflow_core.artifact import json_hash
 from alignflow_core.config import Project, load_project
-from alignflow_core.runner import code_hash, provenance_file, raw_dirs
+from alignflow_core.runner import chosen_files, code_hash, provenance_file, raw_dirs
 from alignflow_core.stages import Stage, artifact_dir, node_id
 from pipelines.assets import input_versions, partitions
 from pipelines.plan import Lane, causes, job_of, lanes, stale_nodes, upstream_lanes
@@ -102,10 +102,12 @@ def stale_sensor(root: Path, lane_jobs: Sequence[Any]) -> dg.SensorDefinition:
         busy = context.instance.get_runs(dg.RunsFilter(statuses=UNFINISHED), limit=1)
         if busy:
             return dg.SkipReason(f"run {busy[0].run_id[:8]} is not finished")
-        nodes = list(load_project(root / "params.yaml").graph.nodes())
+        project = load_project(root / "params.yaml")
+        nodes = list(project.graph.nodes())
         added = [str(lane) for lane in lanes(nodes) if lane not in loaded]
         reload = f"; press Reload for what params.yaml has of late: {', '.join(added)}" if added else ""
-        now = json_hash([signature(root), sorted(map(str, loaded)), *(_built_at(root, stage, key) for stage, key in nodes)])
+        code = sorted({_code(project, stage, key) for stage, key in nodes})
+        now = json_hash([signature(root), code, sorted(map(str, loaded)), *(_built_at(root, stage, key) for stage, key in nodes)])
         if now == context.cursor:  # hashing everything is for when something was touched
             return dg.SkipReason(f"nothing was touched since the last look{reload}")
         requests = [request for request in run_requests(root) if Lane(str(request.job_name), request.partition_key) in loaded]
@@ -124,11 +126,16 @@ def run_requests(root: Path) -> Iterator[dg.RunRequest]:
     waiting = lanes(stale)
     for lane, nodes in waiting.items():
         if not upstream_lanes(project, lane, nodes) & waiting.keys():
-            seen = [(node_id(stage.name, key), list(causes(project, root, stage, key)), code_hash(stage.name), _built_at(root, stage, key))
+            seen = [(node_id(stage.name, key), list(causes(project, root, stage, key)), _code(project, stage, key), _built_at(root, stage, key))
                     for stage, key in nodes]
             state = json_hash([seen, sorted((*place, version) for place, version in input_versions(root).items())])
             yield dg.RunRequest(run_key=f"{lane.job}-{lane.key}-{state[:16]}", job_name=lane.job, partition_key=lane.key,
                                 asset_selection=[dg.AssetKey(stage.asset) for stage, _ in nodes])
+
+
+def _code(project: Project, stage: Stage, key: str | None) -> str:
+    """Hash of the code of a stage for a key."""
+    return code_hash(stage.name, chosen_files(project, stage, key).values())
 
 
 def _built_at(root: Path, stage: Stage, key: str | None) -> list[int | None]:

@@ -37,7 +37,7 @@ def materialize(root: Path, selection: str | None = None, target: str | None = N
 
     from pipelines.automation import observe
     from pipelines.definitions import build_definitions
-    from pipelines.resources import dagster_home
+    from pipelines.resources import commit_unrecorded, dagster_home
 
     root = root.resolve()
     project = load_project(root / "params.yaml")
@@ -61,6 +61,8 @@ def materialize(root: Path, selection: str | None = None, target: str | None = N
         todo = lanes(nodes)
         if selection is None:  # a lane that is up to date and reads from none that is not need not be looked at again
             stale = {node_id(stage.name, key) for stage, key in stale_nodes(project, root, nodes)}
+            if mode == "dvc":
+                commit_unrecorded(root, [(stage.name, key) for stage, key in nodes if node_id(stage.name, key) not in stale])
             todo = {lane: own for lane, own in todo.items() if any(node_id(stage.name, key) in stale for stage, key in own)}
         return in_order(project, todo, build, 1 if mode == "inline" else jobs or default_jobs(project))
 

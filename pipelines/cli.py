@@ -311,6 +311,7 @@ def target(options: argparse.Namespace) -> int:
 def compose(options: argparse.Namespace) -> int:
     """conf -> params.yaml."""
     from alignflow_core.config import read_params
+    from pipelines import dvcfile
     from pipelines.compose import compose as composed
     from pipelines.compose import refuse_to_lose, render, write_text
 
@@ -320,6 +321,8 @@ def compose(options: argparse.Namespace) -> int:
         for name in refuse_to_lose(file, wanted):
             print(f"{file}: target {name} is no longer in it; 'alignflow target add' or 'ablate' adds it again", file=sys.stderr)
         write_text(file, render(wanted, options.overrides))
+        if (options.root / "dvc.yaml").exists():
+            dvcfile.write(options.root)
         return 0
     now = read_params(file)
     differing = sorted(str(section) for section in now.keys() | wanted.keys() if now.get(section) != wanted.get(section))

@@ -49,14 +49,19 @@ def _stage(project: Project, stage: Stage, root: Path) -> dict[str, Any]:
         "desc": stage.description,
         "cmd": f"python -m alignflow_core stage {stage.name}{option}{mark}",
         "deps": [*_inputs(project, stage, key), *(["${item.raw}"] if stage.raw else []), *sources],
-        # What a target chooses by name a whole project may choose for an experiment; the stage itself reads the target's entry, resolved.
         "params": [*(dotted.replace("{key}", "${key}") for dotted in stage.params),
-                   *(dotted.rpartition(".")[2] for dotted in stage.chosen if stage.scope == "target")],
+                   *(f"${{item.{word}_by}}" for word in _project_wide(stage))],
         "outs": [out.as_posix(), provenance_file(Path(), stage.name, key).as_posix()],
     }
     if key is None:
         return entry
     return {"foreach": {each: _item(project, stage, each, root) for each in project.graph.keys(stage) if each}, "do": entry}
+
+
+def _project_wide(stage: Stage) -> dict[str, str]:
+    """What a target chooses by name and a whole project may choose for an experiment (the stage itself reads the target's entry, resolved):
+    the project's key -> the target's."""
+    return {dotted.rpartition(".")[2]: dotted for dotted in stage.chosen} if stage.scope == "target" else {}
 
 
 def _inputs(project: Project, stage: Stage, key: str | None) -> list[str]:
@@ -76,7 +81,8 @@ def _inputs(project: Project, stage: Stage, key: str | None) -> list[str]:
 
 
 def _item(project: Project, stage: Stage, key: str, root: Path) -> dict[str, str]:
-    """What ``${item.…}`` stands for: the target's domain, the raw folder or file, what it paints with, the files of what it chooses by name.
+    """What ``${item.…}`` stands for: the target's domain, the raw folder or file, what it paints with, the files of what it chooses by name
+    and the setting that may choose it.
 
     References drawn from their domain have no folder of their own; the domain's stands in for it. For a comparator without a base
     a file of the source's does, on which it depends anyway.
@@ -91,6 +97,9 @@ def _item(project: Project, stage: Stage, key: str, root: Path) -> dict[str, str
     for name, _, which in (spec.partition(":") for spec in stage.inputs):
         if which in ("own", "painter"):
             found[which] = (artifact_dir(*inputs[name]) if name in inputs else artifact_dir("data", project.source) / "metrics.json").as_posix()
+    # an experiment leaves a variant alone, which so depends on its own entry only
+    for word, dotted in _project_wide(stage).items():
+        found[f"{word}_by"] = dotted.replace("{key}", key) if project.targets[key].variant_of else word
     chosen = chosen_files(project, stage, key)
     if PACKAGE_DIR.is_relative_to(root):
         return found | {name: (PACKAGE_DIR / file).relative_to(root).as_posix() for name, file in chosen.items()}
@@ -118,6 +127,12 @@ def is_current(root: Path) -> bool:
     """Whether ``dvc.yaml`` says what registry and ``params.yaml`` say."""
     file = root / "dvc.yaml"
     return file.exists() and file.read_text(encoding="utf-8") == render(load_project(root / "params.yaml"), root)
+
+
+def refuse_outdated(root: Path) -> None:
+    """Raise :class:`InputError` where ``dvc.yaml`` is not what registry and ``params.yaml`` say: DVC would compare with the wrong things."""
+    if not is_current(root):
+        raise InputError(f"{root / 'dvc.yaml'}: out of date; run 'python -m pipelines.dvcfile' there")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignflow_core.artifact import file_hash, json_hash, read_json
-from alignflow_core.config import Project
+from alignflow_core.config import Evaluate, Project
 from alignflow_core.networks.registry import arm_folder
 from alignflow_core.runner import provenance_file
 from alignflow_core.stages import artifact_dir, node_id
@@ -102,8 +102,7 @@ def register(store: "MlflowClient", root: Path, project: Project, node: NodeName
             continue
         if version is None:
             version = _add(store, root, model, files, content, run_of(*model.node))
-        settings = read_json(provenance_file(root, "evaluate", model.targets[0]))["params"]["evaluate"]
-        verdict = _judge(store, model, version, values, measurement, settings)
+        verdict = _judge(store, model, version, values, measurement, project.evaluate)
         _upload(store, str(version.run_id), values, measurement)
         tags = {"measured_by": f"Dice of arm {model.arm}", "dice": f"{values['dice'].mean():.4f}", "n_images": str(len(values)), "verdict": verdict}
         for name, value in tags.items():
@@ -166,7 +165,7 @@ def compared(new: "pd.DataFrame", old: "pd.DataFrame", level: float, resamples: 
 
 
 def _judge(store: "MlflowClient", model: Model, version: "ModelVersion", values: "pd.DataFrame", measurement: str,
-           settings: Mapping[str, Any]) -> str:
+           settings: Evaluate) -> str:
     """Move the alias if the version has earned it; says why or why not."""
     champion = _champion(store, model.name)
     if champion is None:
@@ -177,7 +176,7 @@ def _judge(store: "MlflowClient", model: Model, version: "ModelVersion", values:
     old = _download(store, champion, measurement)
     if old is None:
         return f"not compared: version {champion.version} was measured with other settings"
-    found = compared(values, old, settings["level"], settings["bootstrap"])
+    found = compared(values, old, settings.level, settings.bootstrap)
     if found is None:
         return f"not compared: too few test images in common with version {champion.version}"
     units, mean, low, high = found

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from alignflow_core.config import load_project
 from alignflow_core.errors import InputError, StageError
 from alignflow_core.runner import is_current, plan_stage, run_stage
 from alignflow_core.stages import STAGES, node_id
-from pipelines import guardian
+from pipelines import dvcfile, guardian
 from pipelines.compose import write_text
-from pipelines.versions import Versions
+from pipelines.versions import NodeName, Versions
 
+DVC = (sys.executable, "-m", "pipelines.dvc_command", "--wait-for-lock")
 KILLED = (128 + signal.SIGKILL, 128 + signal.SIGTERM)  # by the kernel for want of memory, by a scheduler that wants the machine back
 SIGNS = ("OutOfMemoryError", "MemoryError", "out of memory", "in use by pid", "is being blocked by", "Unable to acquire lock")
 RUNNING: set[subprocess.Popen[bytes]] = set()
@@ -60,7 +61,7 @@ class StageRunner(dg.ConfigurableResource):
         """Build the artifact of one stage and key.
 
         Raises:
-            InputError: an input is missing or refused.
+            InputError: an input is missing or refused, or ``dvc.yaml`` is out of date.
             NoDvcError: mode ``dvc`` without DVC.
             TransientStageError: it may succeed when it is tried again.
             StageError: DVC or the stage has failed; what they said is in the log.
@@ -77,17 +78,38 @@ class StageRunner(dg.ConfigurableResource):
         if not (root / ".dvc").is_dir():
             raise NoDvcError(f"{root}: not a DVC project; run 'git init' and 'dvc init' there, or choose the inline runner")
         plan = plan_stage(load_project(root / "params.yaml"), root, STAGES[stage], key)  # names a missing input better than DVC does
-        if is_current(root, stage, key, plan) and Versions(root).known((stage, key)):
+        built = is_current(root, stage, key, plan)
+        if built and Versions(root).known((stage, key)):
             return  # what DVC would find out too, in a hundredth of the time
-        dvc = [sys.executable, "-m", "pipelines.dvc_command", "--wait-for-lock"]
-        repro = [*dvc, "repro", "--single-item", node_id(stage, key)]
-        if not (STAGES[stage].raw and (root / "data.dvc").exists()):
+        dvcfile.refuse_outdated(root)
+        repro = [*DVC, "repro", "--single-item", node_id(stage, key)]
+        if built:
+            commit_unrecorded(root, [(stage, key)])
+        elif not (STAGES[stage].raw and (root / "data.dvc").exists()):
             run_guarded(repro, root)
-            return
-        # 'repro' of a single item would leave new data without a version; and DVC gives up a commit while a stage reads what it is about
-        with exclusive(root / ".alignflow" / "locks" / "data.lock", wait=lambda holder: None):
-            run_guarded([*dvc, "commit", "--quiet", "--force", "data.dvc"], root)
-            run_guarded(repro, root)
+        else:
+            # 'repro' of a single item would leave new data without a version; and DVC gives up a commit while a stage reads what it is about
+            with exclusive(root / ".alignflow" / "locks" / "data.lock", wait=lambda holder: None):
+                run_guarded([*DVC, "commit", "--quiet", "--force", "data.dvc"], root)
+                run_guarded(repro, root)
+
+
+def commit_unrecorded(root: Path, nodes: Iterable[NodeName]) -> None:
+    """Let ``dvc.lock`` name artifacts that are up to date and that it does not know: ``dvc repro`` would delete them and build them again.
+
+    They were built without DVC, or by a run that ended before DVC wrote them down. Nothing where the project is none of DVC's, or ``dvc.yaml``
+    is out of date.
+
+    Args:
+        root: project root.
+        nodes: stage and key of artifacts that are up to date.
+    """
+    if not (root / ".dvc").is_dir() or not dvcfile.is_current(root):
+        return
+    versions = Versions(root)
+    unknown = [node_id(*node) for node in nodes if not versions.known(node)]
+    if unknown:
+        run_guarded([*DVC, "commit", "--quiet", "--force", *unknown], root)
 
 
 def run_guarded(command: list[str], root: Path) -> None:

@@ -1,23 +1,28 @@
-"""Tell Dagster and MLflow what a ``dvc repro`` (or an inline run) in a terminal has built."""
+"""Tell Dagster, MLflow and DVC what a command in a terminal has built: ``dvc repro``, or an inline run, of which DVC knows nothing either."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignflow_core.artifact import read_json
 from alignflow_core.config import load_project
-from alignflow_core.runner import code_hash, provenance_file
+from alignflow_core.errors import StageError
+from alignflow_core.runner import provenance_file
 from alignflow_core.stages import Stage, node_id
 from pipelines.plan import causes
+from pipelines.versions import NodeName
 
 if TYPE_CHECKING:
     import dagster as dg
 
 
 def sync(root: Path) -> list[str]:
-    """Report every up-to-date artifact that Dagster has not seen, and record every one that MLflow lacks.
+    """Report every up-to-date artifact that Dagster has not seen, record every one that MLflow lacks, and let ``dvc.lock`` name it.
 
     Returns:
         the nodes reported to Dagster.
+
+    Raises:
+        StageError: MLflow could not be told of some; Dagster was told of all.
     """
     import dagster as dg
 
@@ -25,24 +30,32 @@ def sync(root: Path) -> list[str]:
     from pipelines.automation import observe
     from pipelines.checks import evaluations
     from pipelines.definitions import build_definitions
-    from pipelines.resources import dagster_home
+    from pipelines.resources import commit_unrecorded, dagster_home
 
     root = root.resolve()
     project = load_project(root / "params.yaml")
     graph = build_definitions(root).resolve_asset_graph()
     dagster_home(root)
-    reported = []
+    reported, problems, current = list[str](), list[str](), list[NodeName]()
     with dg.DagsterInstance.get() as instance:
         observe(root, instance)
         for stage, key in project.graph.nodes():
             if any(causes(project, root, stage, key)):
                 continue
-            run = tracking.record(root, stage.name, key)
+            current.append((stage.name, key))
+            run = None
+            try:
+                run = tracking.record(root, stage.name, key)
+            except Exception as error:
+                problems.append(f"{node_id(stage.name, key)}: not recorded in MLflow ({error}); run 'alignflow sync' again")
             if _seen(instance, stage, key) != fingerprint_tag(root, stage, key):
                 instance.report_runless_asset_event(_materialization(root, instance, graph, stage, key, run))
                 for evaluation in evaluations(root, stage, key):
                     instance.report_runless_asset_event(evaluation)
                 reported.append(node_id(stage.name, key))
+    commit_unrecorded(root, current)
+    if problems:  # Dagster has been told of everything all the same
+        raise StageError("\n".join(problems))
     return reported
 
 
@@ -66,7 +79,7 @@ def _seen(instance: "dg.DagsterInstance", stage: Stage, key: str | None) -> str 
 
 
 def _materialization(root: Path, instance: "dg.DagsterInstance", graph: "dg.AssetGraph", stage: Stage, key: str | None,
-                     run: str) -> "dg.AssetMaterialization":
+                     run: str | None) -> "dg.AssetMaterialization":
     """What Dagster would have logged had it built the artifact just now, after all of its inputs.
 
     Without the versions and the event ids of the inputs it would show everything as stale.
@@ -74,12 +87,12 @@ def _materialization(root: Path, instance: "dg.DagsterInstance", graph: "dg.Asse
     import dagster as dg
 
     from pipelines import preview
-    from pipelines.assets import FINGERPRINT_TAG
+    from pipelines.assets import FINGERPRINT_TAG, code_version
 
     provenance = read_json(provenance_file(root, stage.name, key))
     tags = {
         "dagster/data_version": provenance["content"], "dagster/data_version_is_user_provided": "true",
-        "dagster/code_version": code_hash(stage.name)[:12], FINGERPRINT_TAG: fingerprint_tag(root, stage, key),
+        "dagster/code_version": code_version(load_project(root / "params.yaml"), stage), FINGERPRINT_TAG: fingerprint_tag(root, stage, key),
     }
     for upstream in graph.get(dg.AssetKey(stage.asset)).parent_keys:
         event = latest_event(instance, upstream)

@@ -1,5 +1,6 @@
 """Bad input: every problem is named with its file, and nothing is written."""
 
+import errno
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from alignflow_core import runner
 from alignflow_core.artifact import tree_hash
 from alignflow_core.config import Task
 from alignflow_core.data import case_id, check_folder
@@ -398,6 +400,20 @@ def test_command_exits_2_and_writes_nothing(project: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 2 and "a0.png: has no mask" in done.stderr and "a1.png: is not a JPEG" in done.stderr
     assert sorted(file.name for file in (project / "artifacts").glob("*/*")) == ["here", "here.json"]
+
+
+def test_a_locked_folder_and_a_lost_input_are_no_tracebacks(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def locked(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "listed", locked)
+        with pytest.raises(InputError, match=r"there: Permission denied; give a place that you may"):
+            run_stage(project, "data", "there", quiet=True)
+    run_stage(project, "data", "there", quiet=True)
+    shutil.rmtree(project / "artifacts/data/there")
+    with pytest.raises(InputError, match=r"artifacts/data/there: no such folder, though it was built; run stage data@there again"):
+        run_stage(project, "references", "there", quiet=True)
 
 
 def test_names_that_cannot_be_written_are_told(folder: Path) -> None:

@@ -14,6 +14,7 @@ from pipelines import checks, lane
 
 PLAN = "from pathlib import Path; from pipelines.plan import plan; print(*(f'{node}: {cause}' for node, cause in plan(Path('.'))), sep='\\n')"
 MATERIALIZE = "from pathlib import Path; from pipelines.build import materialize; print(*materialize(Path('.'), mode='inline'))"
+MATERIALIZE_BY_DVC = MATERIALIZE.replace(", mode='inline'", "")
 SELECTION = "from pathlib import Path; from pipelines.build import materialize; print(*materialize(Path('.'), 'key:reference_set', 'dim'))"
 SYNC = "from pathlib import Path; from pipelines.sync import sync; print(*sync(Path('.')))"
 
@@ -78,6 +79,35 @@ def test_a_selection_through_dvc(built_toy: Path, tmp_path: Path) -> None:
     assert run(root, "-c", PLAN).splitlines()[0] == "align@dim: input references changed", "what depends on it was not selected"
     assert (root / "data.dvc").read_text() != before, "the new data are versioned"
     assert run(root, "-m", "dvc", "status", "references@dim").startswith("Data and pipelines are up to date")
+
+
+def test_what_was_built_without_dvc_is_written_into_its_lock_and_not_built_again(built_toy: Path, tmp_path: Path) -> None:
+    root = copied(built_toy, tmp_path)
+    replace_reference(root, "amber")
+    assert Counter(run(root, "-c", MATERIALIZE).split()) == rebuilt("amber")
+    calls(root)
+    assert run(root, "-c", MATERIALIZE_BY_DVC).split() == []
+    run(root, "-m", "dvc", "commit", "-q", "-f", "data.dvc")  # the picture itself
+    run(root, "-m", "dvc", "repro", "-q")
+    assert calls(root) == Counter()
+
+
+def test_an_outdated_dvc_yaml_is_told(built_toy: Path, tmp_path: Path) -> None:
+    root = copied(built_toy, tmp_path)
+    replace_reference(root, "dim")
+    (root / "dvc.yaml").write_text((root / "dvc.yaml").read_text().replace("artifacts/labeller", "artifacts/image_flow", 1))
+    with pytest.raises(AssertionError, match=r"dvc\.yaml: out of date; run 'python -m pipelines\.dvcfile' there"):
+        run(root, "-c", SELECTION)
+    assert calls(root) == Counter()
+
+
+def test_sync_tells_dagster_though_mlflow_is_gone(built_toy: Path, tmp_path: Path) -> None:
+    root = copied(built_toy, tmp_path)
+    (root / "mlflow.db").unlink()
+    (root / "mlflow.db").mkdir()
+    with pytest.raises(AssertionError, match="report: not recorded in MLflow"):
+        run(root, "-c", SYNC)
+    assert run(root, "-c", STALE).split() == []
 
 
 def test_touched_artifacts_and_changed_code_are_noticed(built_toy: Path, tmp_path: Path) -> None:

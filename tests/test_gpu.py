@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from alignflow_core import runner
+from alignflow_core.alignment_steps import rewarded_steps, rewardless_steps
 from alignflow_core.config import Machine, Network, Training, build_project
 from alignflow_core.devices import Replayed, autocast, placed, prepare
 from alignflow_core.errors import InputError
@@ -126,7 +127,7 @@ def test_without_a_card_its_rows_are_skipped_and_counted_work_is_right(monkeypat
     base = gpu.stage_two(project, **times)
     settings = next(iter(project.targets.values())).align
     slower = gpu.stage_two(project, **(times | {"step": 0.2}))
-    steps = settings.rewardless_steps + settings.rewarded_steps * (1 + settings.k)
+    steps = rewardless_steps(settings) + rewarded_steps(settings) * (1 + settings.k)
     assert slower - base == pytest.approx(0.1 * steps)
 
 

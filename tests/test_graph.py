@@ -1,5 +1,6 @@
 """One graph: the registry, dvc.yaml and the Dagster assets agree for every domain and target."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ import yaml
 from toy_project import REPOSITORY
 
 from alignflow_core.config import Project, build_project
+from alignflow_core.runner import stage_config
 from alignflow_core.stages import PACKAGE_DIR, STAGES, artifact_dir, node_id, source_files
-from pipelines import build, dvcfile
+from pipelines import assets, build, dvcfile
 from pipelines.cli import main
 from pipelines.definitions import build_definitions
 
@@ -21,7 +23,7 @@ RAW = {
     "domains": {name: {"dir": f"data/{name}"} for name in ("standard", "amber", "dim")},
     "targets": {
         "amber": {"domain": "amber", "references": {"dir": "data/references/amber"}},
-        "amber-skl": {"domain": "amber", "references": {"dir": "data/references/amber"}, "align": {"reward": "skl"}},
+        "amber-skl": {"domain": "amber", "variant_of": "amber", "references": {"dir": "data/references/amber"}, "align": {"reward": "skl"}},
         "dim-k4": {"domain": "dim", "references": {"count": 4}},
     },
 }
@@ -92,8 +94,8 @@ def test_dagster_has_the_graph_of_the_registry(project: Project, definitions: dg
 
 
 def test_a_stage_depends_on_its_own_target_only(dvc_stages: dict[str, dict[str, set[str]]]) -> None:
-    assert dvc_stages["align@amber-skl"]["params"] == {"seed", "reward", "encoder", "machine", "task", "image_flow", "targets.amber-skl.align",
-                                                         "sample.guidance_scale"}
+    assert dvc_stages["align@amber-skl"]["params"] == {"seed", "machine", "task", "image_flow", "targets.amber-skl.align", "sample.guidance_scale",
+                                                       "targets.amber-skl.align.reward", "targets.amber-skl.align.encoder"}
     assert dvc_stages["align@amber-skl"]["cmd"] == {"python -m alignflow_core stage align --target amber-skl"}
     assert dvc_stages["data@dim"]["cmd"] == {"python -m alignflow_core stage data --domain dim"}
     assert {f"alignflow_core/{name}" for name in source_files("align")} <= dvc_stages["align@amber"]["deps"]
@@ -106,6 +108,28 @@ def test_what_a_choice_imports_is_code_of_the_stage_and_other_choices_are_not() 
     assert not {"painters/diffusion.py", "painters/controlnet.py", "painters/siamese.py"} & comparator, "the file that is chosen comes on top"
     assert {"painters/diffusion.py", "painters/flow.py", "painters/denoise.py", "painters/concat.py", "flow/coupling.py"} <= base
     assert "painters/concat.py" in source_files("image_flow")
+
+
+def test_an_experiment_over_all_targets_leaves_variants_alone(dvc_stages: dict[str, dict[str, set[str]]]) -> None:
+    assert {"reward", "encoder"} <= dvc_stages["align@amber"]["params"]
+    assert not {"reward", "encoder"} & dvc_stages["align@amber-skl"]["params"]
+
+
+def test_code_that_only_a_key_chooses_is_in_the_version_of_the_asset(project: Project) -> None:
+    amber = dataclasses.replace(project.targets["amber"], align=dataclasses.replace(project.targets["amber"].align, encoder="flow"))
+    both = project, dataclasses.replace(project, targets=project.targets | {"amber": amber})
+    versions = {name: {assets.code_version(each, STAGES[name]) for each in both} for name in ("align", "data")}
+    assert len(versions["align"]) == 2 and len(versions["data"]) == 1
+
+
+def test_how_long_stage_two_takes_is_in_its_fingerprint() -> None:
+    assert "alignment_steps.py" in source_files("align")
+
+
+def test_a_stage_sees_what_it_declares_and_no_more(project: Project) -> None:
+    config = stage_config(project, STAGES["filter"], "amber")
+    assert vars(config.segment) == {"network": project.segment.network, "training": project.segment.training}
+    assert set(vars(stage_config(project, STAGES["evaluate"], "amber").evaluate)) == {"lpips_weights"}
 
 
 def test_raw_folders(dvc_stages: dict[str, dict[str, set[str]]]) -> None:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from alignflow_core import align, alignment, alignment_private, filtering, image_flow, labeller, mask_flow, sample, segment
+from alignflow_core import align, alignment, alignment_private, alignment_steps, filtering, image_flow, labeller, mask_flow, sample, segment
 from alignflow_core.artifact import read_json
 from alignflow_core.checkpoint import load_tensors
 from alignflow_core.config import (
@@ -275,7 +275,7 @@ def test_a_look_that_lost_its_place_leaves_the_weights_of_the_start(built: dict[
     monkeypatch.setattr(alignment.Alignment, "_looker", looker)
     settings = dataclasses.replace(CONFIG.align, training=dataclasses.replace(CONFIG.align.training, steps=2), check_every=1, check_samples=4,
                                    recolour_steps=6, rounds=1, gates=Gates(hold=False))
-    assert settings.rewardless_steps == 6
+    assert alignment_steps.rewardless_steps(settings) == 6
     build(align.run, SimpleNamespace(**{**vars(CONFIG), "align": settings}), built, tmp_path / "out")
     gates = pd.read_parquet(tmp_path / "out" / "gates.parquet")
     assert gates["best"].tolist() == [True, *[False] * (len(gates) - 1)] and gates["held_out_reward"].tolist()[:3] == [-1.0, -0.9, -1.05]

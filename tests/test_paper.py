@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from alignflow_core import paper
+from alignflow_core.alignment_steps import rewarded_steps
 from alignflow_core.artifact import write_json
 from alignflow_core.config import ARMS, Align, Evaluate, Training, load_project
 from alignflow_core.paper import MEAN, MEAN_SEGMENTER, downstream, downstream_page, mean_of_targets, reference_counts, wide
@@ -88,7 +89,7 @@ def test_rivals_are_variants_and_counts_belong_to_the_first_target() -> None:
     assert "a-count10" not in with_rivals({"a": drawn}, {}, [10]), "it is the target itself"
     again = {name for name in with_rivals(found, {"controlnet-flow": {}}, [5]) if "count" in name}
     assert again == {"a-count5"}, "others of an earlier call are taken back"
-    steps = {word: Align(**(found[f"b-{word}"]["align"] | {"training": short})).rewarded_steps for word in RIVALS}
+    steps = {word: rewarded_steps(Align(**(found[f"b-{word}"]["align"] | {"training": short}))) for word in RIVALS}
     assert steps == {"alignprop": 60, "refl": 60, "skl-last-step": 60, "finetuned": 140, "controlnet-flow-aligned": 40}, "the time of ours"
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from alignflow_core import state
+from alignflow_core import runner, state
 from alignflow_core.artifact import exclusive, publish, read_json, write_json
 from alignflow_core.checkpoint import load_network, rebuilt, save_network
 from alignflow_core.config import Training
@@ -457,6 +457,18 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
         assert str(tmp_path) in str(caught.value) and "MiB" in str(caught.value) and "free some" in str(caught.value)
         assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     record_property("figure", ("disk full at 20 fill levels", "20/20: state intact, path and size named"))
+
+
+def test_a_disk_that_is_full_at_the_end_of_a_stage_is_told_too(smoke_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "publish", full)
+        with pytest.raises(StageError, match="no space left on the disk; free some and run the same command"):
+            run_stage(smoke_root, "data", "amber", quiet=True)
+    assert not list((smoke_root / "artifacts").rglob("*amber*"))
+    assert run_stage(smoke_root, "data", "amber", quiet=True)
 
 
 def test_what_cannot_be_written_as_json_leaves_nothing(tmp_path: Path) -> None:
