@@ -1,4 +1,4 @@
-"""Unconditional painters of one generative process, which comparators freeze and add to; all of a process share one."""
+"""Unconditional painters of one generative process, which comparators freeze (or all but its decoder) and add to; a process has one."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

@@ -265,7 +265,10 @@ class Comparator:
 
 @dataclass(frozen=True)
 class ComparatorBase:
-    """The unconditional painters that comparators freeze: their ``share`` of ``image_flow.training.steps``, the rest is the comparator's own."""
+    """The unconditional painters that comparators freeze, Siamese-Diffusion but for its decoder.
+
+    Theirs is a ``share`` of ``image_flow.training.steps``, the rest is the comparator's own.
+    """
 
     share: float = 0.5
 

@@ -28,7 +28,7 @@ class Stage:
     Attributes:
         name: stage, DVC stage, artifact folder and (mostly) file word.
         asset: the noun shown in Dagster.
-        scope: ``"project"`` (built once), ``"domain"``, ``"base"`` (a process that comparators freeze a painter of), ``"comparator"`` or
+        scope: ``"project"`` (built once), ``"domain"``, ``"base"`` (a process that comparators add to a trained painter of), ``"comparator"`` or
             ``"target"`` (built per key).
         function: ``module:function`` inside ``alignflow_core``; called as
             ``function(config, inputs, out_dir, context) -> dict[str, float]``.
@@ -89,7 +89,7 @@ STAGES: dict[str, Stage] = {
               "Segmenters trained on source pairs and stage 1's, without and with strong colour augmentation."),
         Stage("comparator_base", "comparator_base_checkpoint", "base", "comparator_base:run", ("data:source",),
               ("seed", "machine", "task", "image_flow", "comparator_base"), (), True, "2_stage_one",
-              "Unconditional painter of one generative process, which comparators freeze and add to."),
+              "Unconditional painter of one generative process, which comparators freeze (Siamese-Diffusion but for its decoder) and add to."),
         Stage("comparator", "comparator_checkpoint", "comparator", "comparator:run", ("data:source", "comparator_base:own"),
               ("seed", "machine", "task", "image_flow", "comparators.{key}", "comparator_base"), (), True, "2_stage_one",
               "A painter to compare with, trained on the source on equal terms.",
@@ -157,7 +157,7 @@ class Graph:
         domains: domain names, the source among them.
         source: name of the source domain.
         targets: target name -> name of its domain.
-        comparators: comparator name -> process of the frozen base it adds to, if any.
+        comparators: comparator name -> process of the base it adds to, if any.
         painters: target name -> comparator whose painter it aligns, ``None`` or absent for stage 1.
     """
 

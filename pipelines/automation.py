@@ -24,7 +24,7 @@ def jobs(project: Project) -> list[Any]:
     texts = {
         "build_domain": "First: splits of the source and of every target domain.",
         "build_shared": "Second: stage 1, masks and segmenters that all targets share.",
-        "build_base": "Where there are comparators: the painters that they freeze.",
+        "build_base": "Where there are comparators: the painters that they freeze and add to.",
         "build_comparator": "Then every comparator: its painter, its images, its segmenters.",
         "build_target": "Third, for every target: alignment, synthesis, filtering, segmenters and its measurements.",
         "build_results": "Last: comparison and report over all targets.",

@@ -156,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
     add_jobs(sub, "domains and targets")
     add_root(sub)
 
-    sub = add("sync", sync, "tell Dagster and MLflow what a terminal 'dvc repro' has built")
+    sub = add("sync", sync, "tell Dagster and MLflow what a terminal 'dvc repro' has built, and DVC what was built without it")
     add_root(sub)
 
     sub = add("ui", ui, "Dagster UI and MLflow UI on loopback")
