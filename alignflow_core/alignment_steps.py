@@ -1,4 +1,4 @@
-"""How many steps stage 2 takes before and under the reward: time given up in the one is spent in the other."""
+"""How many training steps stage 2 takes before and under the reward: time given up in the one is spent in the other."""
 
 from alignflow_core.config import Align
 

@@ -67,6 +67,11 @@ def code_version(project: Project, stage: Stage) -> str:
     return code_hash(stage.name, {file for key in project.graph.keys(stage) for file in chosen_files(project, stage, key).values()})[:12]
 
 
+def code_of(project: Project, stage: Stage, key: str | None) -> str:
+    """Hash of the code of a stage for one key, what it chooses by name included."""
+    return code_hash(stage.name, chosen_files(project, stage, key).values())
+
+
 def build(project: Project, runner: StageRunner, stage: str, key: str | None) -> None:
     """Build the artifact. Only what a second try may cure is tried again.
 

@@ -9,9 +9,9 @@ import dagster as dg
 
 from alignflow_core.artifact import json_hash
 from alignflow_core.config import Project, load_project
-from alignflow_core.runner import chosen_files, code_hash, provenance_file, raw_dirs
+from alignflow_core.runner import provenance_file, raw_dirs
 from alignflow_core.stages import Stage, artifact_dir, node_id
-from pipelines.assets import input_versions, partitions
+from pipelines.assets import code_of, input_versions, partitions
 from pipelines.plan import Lane, causes, job_of, lanes, stale_nodes, upstream_lanes
 from pipelines.resources import fail_dead_runs, nameless
 
@@ -106,7 +106,7 @@ def stale_sensor(root: Path, lane_jobs: Sequence[Any]) -> dg.SensorDefinition:
         nodes = list(project.graph.nodes())
         added = [str(lane) for lane in lanes(nodes) if lane not in loaded]
         reload = f"; press Reload for what params.yaml has of late: {', '.join(added)}" if added else ""
-        code = sorted({_code(project, stage, key) for stage, key in nodes})
+        code = sorted({code_of(project, stage, key) for stage, key in nodes})
         now = json_hash([signature(root), code, sorted(map(str, loaded)), *(_built_at(root, stage, key) for stage, key in nodes)])
         if now == context.cursor:  # hashing everything is for when something was touched
             return dg.SkipReason(f"nothing was touched since the last look{reload}")
@@ -126,16 +126,11 @@ def run_requests(root: Path) -> Iterator[dg.RunRequest]:
     waiting = lanes(stale)
     for lane, nodes in waiting.items():
         if not upstream_lanes(project, lane, nodes) & waiting.keys():
-            seen = [(node_id(stage.name, key), list(causes(project, root, stage, key)), _code(project, stage, key), _built_at(root, stage, key))
+            seen = [(node_id(stage.name, key), list(causes(project, root, stage, key)), code_of(project, stage, key), _built_at(root, stage, key))
                     for stage, key in nodes]
             state = json_hash([seen, sorted((*place, version) for place, version in input_versions(root).items())])
             yield dg.RunRequest(run_key=f"{lane.job}-{lane.key}-{state[:16]}", job_name=lane.job, partition_key=lane.key,
                                 asset_selection=[dg.AssetKey(stage.asset) for stage, _ in nodes])
-
-
-def _code(project: Project, stage: Stage, key: str | None) -> str:
-    """Hash of the code of a stage for a key."""
-    return code_hash(stage.name, chosen_files(project, stage, key).values())
 
 
 def _built_at(root: Path, stage: Stage, key: str | None) -> list[int | None]:

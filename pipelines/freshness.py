@@ -12,8 +12,9 @@ import dagster as dg
 
 from alignflow_core.artifact import json_hash
 from alignflow_core.config import load_project
-from alignflow_core.runner import chosen_files, code_hash, provenance_file
+from alignflow_core.runner import provenance_file
 from alignflow_core.stages import STAGES
+from pipelines.assets import code_of
 from pipelines.plan import plan
 from pipelines.resources import nameless, without_file_names
 from pipelines.versions import shown_cause
@@ -57,7 +58,7 @@ def freshness_sensor(root: Path, signature: Callable[[Path], str]) -> dg.SensorD
         project = load_project(root / "params.yaml")
         nodes = list(project.graph.nodes())
         files = [provenance_file(root, stage.name, key) for stage, key in nodes]
-        code = sorted({code_hash(stage.name, chosen_files(project, stage, key).values()) for stage, key in nodes})
+        code = sorted({code_of(project, stage, key) for stage, key in nodes})
         now = json_hash([signature(root), code, [file.stat().st_mtime_ns if file.exists() else None for file in files]])
         built = [stage for stage in RESULTS if provenance_file(root, stage, None).exists()]
         if now == context.cursor or not built:

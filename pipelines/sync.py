@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignflow_core.artifact import read_json
-from alignflow_core.config import load_project
+from alignflow_core.config import Project, load_project
 from alignflow_core.errors import StageError
 from alignflow_core.runner import provenance_file
 from alignflow_core.stages import Stage, node_id
@@ -49,7 +49,7 @@ def sync(root: Path) -> list[str]:
             except Exception as error:
                 problems.append(f"{node_id(stage.name, key)}: not recorded in MLflow ({error}); run 'alignflow sync' again")
             if _seen(instance, stage, key) != fingerprint_tag(root, stage, key):
-                instance.report_runless_asset_event(_materialization(root, instance, graph, stage, key, run))
+                instance.report_runless_asset_event(_materialization(root, project, instance, graph, stage, key, run))
                 for evaluation in evaluations(root, stage, key):
                     instance.report_runless_asset_event(evaluation)
                 reported.append(node_id(stage.name, key))
@@ -78,7 +78,7 @@ def _seen(instance: "dg.DagsterInstance", stage: Stage, key: str | None) -> str 
     return (latest.tags or {}).get(FINGERPRINT_TAG) if latest else None
 
 
-def _materialization(root: Path, instance: "dg.DagsterInstance", graph: "dg.AssetGraph", stage: Stage, key: str | None,
+def _materialization(root: Path, project: Project, instance: "dg.DagsterInstance", graph: "dg.AssetGraph", stage: Stage, key: str | None,
                      run: str | None) -> "dg.AssetMaterialization":
     """What Dagster would have logged had it built the artifact just now, after all of its inputs.
 
@@ -92,7 +92,7 @@ def _materialization(root: Path, instance: "dg.DagsterInstance", graph: "dg.Asse
     provenance = read_json(provenance_file(root, stage.name, key))
     tags = {
         "dagster/data_version": provenance["content"], "dagster/data_version_is_user_provided": "true",
-        "dagster/code_version": code_version(load_project(root / "params.yaml"), stage), FINGERPRINT_TAG: fingerprint_tag(root, stage, key),
+        "dagster/code_version": code_version(project, stage), FINGERPRINT_TAG: fingerprint_tag(root, stage, key),
     }
     for upstream in graph.get(dg.AssetKey(stage.asset)).parent_keys:
         event = latest_event(instance, upstream)
